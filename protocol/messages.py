@@ -1,0 +1,217 @@
+"""Every message that crosses between the supervisor and a worker.
+
+Frozen, tagged structs encoded as msgpack arrays: a field may be appended with a
+default without breaking the other side; any other change raises
+``PROTOCOL_VERSION``. Durations are seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from protocol.errors import ErrorCode
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages; the tag is the class name."""
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    """Base of the values inside messages."""
+
+
+class Phase(StrEnum):
+    """What a worker is doing; the supervisor keeps one deadline per phase."""
+
+    STARTING = "starting"
+    LOAD = "load"
+    IDLE = "idle"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. The first two are OpenAI's ``finish_reason``."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class Sampling(Record, frozen=True):
+    """How the next token is drawn.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and
+    ``repetition_penalty`` 1 switch the respective filter off. The repetition
+    penalty sees prompt and answer, presence and frequency penalties the answer
+    only. Filters run before the temperature.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: dict[int, float] = {}
+
+
+class ChatMessage(Record, frozen=True):
+    """One turn of a conversation; ``content`` is plain text."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+# --- supervisor to worker ----------------------------------------------------
+
+
+class Load(Message, frozen=True):
+    """Load the model at ``path``; the first message after the handshake.
+
+    ``context_length`` is in tokens per sequence (None: the model's own, within
+    the backend's default bound); ``threads`` None leaves the choice to the
+    backend.
+    """
+
+    path: str
+    context_length: int | None = None
+    max_sequences: int = 1
+    threads: int | None = None
+
+
+class Generate(Message, frozen=True):
+    """Run one request: either ``messages`` (a chat) or ``prompt`` (text or token ids).
+
+    ``max_tokens`` None means: until the model stops or the context is full.
+    ``validate_logits`` makes a NaN or infinite logit a backend fault; it costs a
+    pass over the vocabulary per token, so only the canary asks for it.
+    """
+
+    request_id: int
+    messages: list[ChatMessage] | None = None
+    prompt: str | list[int] | None = None
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    stop: list[str] = []
+    ignore_eos: bool = False
+    validate_logits: bool = False
+
+
+class Cancel(Message, frozen=True):
+    """Stop a request between two steps; answered by a ``cancelled`` delta."""
+
+    request_id: int
+
+
+class Shutdown(Message, frozen=True):
+    """Stop after the current step and exit with status 0."""
+
+
+# --- worker to supervisor ----------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """First message of a worker, before it loads anything."""
+
+    protocol_version: int
+    nonce: str
+    pid: int
+    generation: int
+    backend: str
+    backend_version: str
+
+
+class LoadProgress(Message, frozen=True):
+    """``fraction`` (0..1) of the load is done."""
+
+    fraction: float
+
+
+class Loaded(Message, frozen=True):
+    """The model is in memory and can take requests.
+
+    ``context_length`` is in tokens per sequence; ``weights_bytes`` is the size
+    of the weights as stored.
+    """
+
+    architecture: str
+    context_length: int
+    max_sequences: int
+    vocab_size: int
+    has_chat_template: bool
+    weights_bytes: int
+
+
+class LoadFailed(Message, frozen=True):
+    """The load ended in a failure that the worker could name; it exits afterwards."""
+
+    code: ErrorCode
+    message: str
+
+
+class Accepted(Message, frozen=True):
+    """The request is valid and waits for, or has, a slot."""
+
+    request_id: int
+    prompt_tokens: int
+
+
+class Rejected(Message, frozen=True):
+    """The request is at fault; nothing was generated for it."""
+
+    request_id: int
+    code: ErrorCode
+    message: str
+    param: str | None = None
+
+
+class Delta(Record, frozen=True):
+    """What one step added to one request.
+
+    ``text`` may be empty while a multi-byte character or a possible stop string
+    is incomplete; ``tokens`` are the ids sampled since the last delta. The last
+    delta of a request has a ``finish``.
+    """
+
+    request_id: int
+    text: str
+    tokens: list[int]
+    finish: FinishReason | None = None
+
+
+class Step(Message, frozen=True):
+    """All the deltas of one decode step."""
+
+    deltas: list[Delta]
+
+
+class Beat(Message, frozen=True):
+    """Sign of life from the worker's I/O thread.
+
+    ``progress`` grows with every load callback, prefill chunk and decode step;
+    ``in_hand`` is the number of requests not yet finished.
+    """
+
+    phase: Phase
+    progress: int
+    in_hand: int
+
+
+class BackendFault(Message, frozen=True):
+    """The backend raised while generating; the worker exits right after this."""
+
+    message: str
+
+
+ToWorker = Load | Generate | Cancel | Shutdown
+FromWorker = (
+    Hello | LoadProgress | Loaded | LoadFailed | Accepted | Rejected | Step | Beat | BackendFault
+)

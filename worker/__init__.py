@@ -1,0 +1,1 @@
+"""One model in one process: load it, generate, and die with the supervisor."""

@@ -1,0 +1,111 @@
+"""The interface between the engine and an inference library.
+
+A backend works on token ids and many sequences at once: ``admit`` adds one,
+``step`` moves all of them on, ``cancel`` drops one between two steps. Text,
+stop strings and limits are the engine's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import ChatMessage, Load, Loaded, Sampling
+
+#: Called during a load with the fraction done (0..1).
+ReportProgress = Callable[[float], None]
+
+
+class LoadRefused(CodedError):
+    """The model cannot be loaded, for a reason that has a code."""
+
+
+class PromptRefused(CodedError):
+    """The prompt cannot be rendered or tokenised; the request is at fault."""
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(ErrorCode.INVALID_VALUE, message, param=param)
+
+
+class NonFiniteLogits(Exception):
+    """The model produced NaN or infinity where a sequence asked for a check."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """One sequence to generate.
+
+    ``prompt`` is never empty and, with ``max_tokens``, fits the context. With
+    ``ignore_eos`` end-of-generation tokens are never sampled.
+    """
+
+    sequence_id: int
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    ignore_eos: bool = False
+    validate_logits: bool = False
+
+
+class StepToken(NamedTuple):
+    """One token sampled for one sequence; ``is_end`` marks end-of-generation tokens."""
+
+    sequence_id: int
+    token: int
+    is_end: bool
+
+
+class Detokenizer(Protocol):
+    """Turns one sequence's tokens into text, holding back incomplete characters."""
+
+    def add(self, token: int) -> str:
+        """Return the text that became complete with this token."""
+
+    def finish(self) -> str:
+        """Return what was held back; an incomplete character becomes U+FFFD."""
+
+
+class Backend(Protocol):
+    """One inference library with at most one model.
+
+    All calls come from one thread. After any exception from ``admit``, ``step``
+    or ``cancel`` the state is undefined: the process ends.
+    """
+
+    @property
+    def name(self) -> str:
+        """``mlx``, ``llama`` or ``simulated``."""
+
+    @property
+    def version(self) -> str:
+        """Version of the library, part of the key failures are counted under."""
+
+    def load(self, options: Load, report: ReportProgress) -> Loaded:
+        """Load the model; called once. Raises ``LoadRefused``, or anything on a fault."""
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Render the chat template up to the answer and tokenise. Raises ``PromptRefused``."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokenise raw text, with the beginning-of-sequence token if the model wants one."""
+
+    def new_detokenizer(self) -> Detokenizer:
+        """A detokeniser for one answer."""
+
+    def admit(self, spec: SequenceSpec) -> None:
+        """Add a sequence. The caller keeps to ``Loaded.max_sequences``."""
+
+    def step(self) -> list[StepToken]:
+        """Run one prefill chunk and/or one decode step; at most one token per sequence.
+
+        An empty list means that only prefill work was done. A sequence whose
+        token ``is_end``, or that has ``max_tokens`` tokens, is gone afterwards.
+        """
+
+    def cancel(self, sequence_id: int) -> None:
+        """Drop a sequence; unknown ids are ignored (it may just have ended)."""
+
+    def close(self) -> None:
+        """Release the model. Called once, also after a failed load."""

@@ -1,0 +1,139 @@
+"""A backend without a model: plays a script, breaks when told.
+
+Serves tests of the gateway and the fault harness; the supervisor refuses it
+unless it is explicitly enabled. A script is a JSON file, see ``Script``.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from protocol.errors import ErrorCode
+from protocol.messages import ChatMessage, Load, Loaded
+from worker.backends.base import (
+    Detokenizer,
+    LoadRefused,
+    ReportProgress,
+    SequenceSpec,
+    StepToken,
+)
+from worker.faults import Fault, FaultPlan, FaultPoint
+
+#: Prompt text is one token per UTF-8 byte; scripted tokens follow.
+BYTE_TOKENS = 256
+
+
+class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the simulated model says and does. Delays in seconds.
+
+    An answer is ``tokens`` once, or for ever with ``repeat``; with ``ignore_eos``
+    it always repeats. Each token may be any text, also an empty one.
+    """
+
+    tokens: list[str] = msgspec.field(default_factory=lambda: ["Hello", ",", " world", "."])
+    repeat: bool = False
+    context_length: int = 4096
+    load_delay_s: float = 0.0
+    prefill_delay_s: float = 0.0
+    step_delay_s: float = 0.0
+    faults: list[Fault] = []
+
+
+class _ByteDetokenizer:
+    """Joins the UTF-8 bytes of tokens."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self._pieces[token])
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class SimulatedBackend:
+    """See ``base.Backend``."""
+
+    name = "simulated"
+    version = "1"
+
+    def __init__(self) -> None:
+        self._script = Script()
+        self._plan = FaultPlan([], Path())
+        self._pieces: list[bytes] = []
+        self._running: dict[int, tuple[SequenceSpec, int]] = {}
+
+    def load(self, options: Load, report: ReportProgress) -> Loaded:
+        path = Path(options.path)
+        try:
+            self._script = msgspec.json.decode(path.read_bytes(), type=Script)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise LoadRefused(ErrorCode.MODEL_INCOMPLETE, f"bad script: {error}") from error
+        self._plan = FaultPlan(self._script.faults, path)
+        self._pieces = [bytes([value]) for value in range(BYTE_TOKENS)]
+        self._pieces += [token.encode() for token in self._script.tokens]
+        self._plan.strike(FaultPoint.LOAD)
+        ticks = 10
+        for tick in range(ticks):
+            time.sleep(self._script.load_delay_s / ticks)
+            report((tick + 1) / ticks)
+        return Loaded(
+            architecture="simulated",
+            context_length=options.context_length or self._script.context_length,
+            max_sequences=options.max_sequences,
+            vocab_size=self._end_token + 1,
+            has_chat_template=True,
+            weights_bytes=path.stat().st_size,
+        )
+
+    @property
+    def _end_token(self) -> int:
+        return BYTE_TOKENS + len(self._script.tokens)
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        return self.encode_text("".join(f"{m.role}: {m.content}\n" for m in messages))
+
+    def encode_text(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def new_detokenizer(self) -> Detokenizer:
+        return _ByteDetokenizer(self._pieces)
+
+    def admit(self, spec: SequenceSpec) -> None:
+        self._plan.strike(FaultPoint.PROMPT, prompt=self._text(spec))
+        time.sleep(self._script.prefill_delay_s)
+        self._running[spec.sequence_id] = (spec, 0)
+
+    def step(self) -> list[StepToken]:
+        time.sleep(self._script.step_delay_s)
+        produced = []
+        for sequence_id, (spec, position) in list(self._running.items()):
+            self._plan.strike(FaultPoint.TOKEN, n=position, prompt=self._text(spec))
+            count = len(self._script.tokens)
+            endless = self._script.repeat or spec.ignore_eos
+            is_end = position >= count and not endless
+            token = self._end_token if is_end else BYTE_TOKENS + position % count
+            produced.append(StepToken(sequence_id, token, is_end))
+            if is_end or position + 1 >= spec.max_tokens:
+                del self._running[sequence_id]
+            else:
+                self._running[sequence_id] = (spec, position + 1)
+        return produced
+
+    def cancel(self, sequence_id: int) -> None:
+        self._running.pop(sequence_id, None)
+
+    def close(self) -> None:
+        self._running.clear()
+
+    def _text(self, spec: SequenceSpec) -> str:
+        if not self._script.faults:
+            return ""
+        return bytes(t for t in spec.prompt if t < BYTE_TOKENS).decode(errors="replace")
