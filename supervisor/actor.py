@@ -1,0 +1,465 @@
+"""One model: owns its state and carries out the readiness machine's commands.
+
+Whatever happens to the model becomes a lifecycle event. Those of the worker and
+the clock go through the inbox, those of an operator are applied at once, for an
+immediate answer; applying one never waits, so they are applied one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import psutil
+import zmq
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Generate, Load
+from supervisor import lifecycle
+from supervisor.accounts import AccountKey, AccountStore
+from supervisor.canary import CanaryFailed, CanaryReport, run_canary
+from supervisor.generation import Generation
+from supervisor.lifecycle import Command, Event, Readiness, State
+from supervisor.metrics import Metrics
+from supervisor.modelfiles import ModelFiles
+from supervisor.quarantine import FailureKind, Policy, count_in_window
+from supervisor.registry import Registry
+from supervisor.requests import RequestTable
+from supervisor.settings import Settings
+from supervisor.stream import RequestStream
+from supervisor.views import ModelView, ReadinessView
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What all actors of a fleet share."""
+
+    settings: Settings
+    policy: Policy
+    registry: Registry
+    accounts: AccountStore
+    metrics: Metrics
+    zmq_context: zmq.Context[zmq.Socket[bytes]]
+    socket_folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What to run, as the gate decided it."""
+
+    model_id: str
+    files: ModelFiles
+    backend: str
+    backend_version: str
+    context_length: int | None
+    keep_alive_sec: int | None
+
+    @property
+    def account_key(self) -> AccountKey:
+        return AccountKey(self.model_id, self.files.digest, self.backend, self.backend_version)
+
+
+class Actor:
+    """A tracked model. ``on_gone`` is called once, when it is tracked no more."""
+
+    def __init__(self, spec: ModelSpec, services: Services, *, on_gone: Callable[[], None]) -> None:
+        self.spec = spec
+        self._services = services
+        self._on_gone = on_gone
+        self._state: State | None = None
+        #: ``None`` ends the task.
+        self._inbox: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._requests = RequestTable(
+            max_stream_buffer_bytes=services.settings.max_stream_buffer_bytes
+        )
+        self._generation: Generation | None = None
+        self._canary: asyncio.Task[None] | None = None
+        self._canary_report: CanaryReport | None = None
+        self._restart_timer: asyncio.TimerHandle | None = None
+        self._load_waiters: set[asyncio.Future[None]] = set()
+        self._changed = asyncio.Event()
+        self._spawned_at = 0.0
+        self._loaded_at: float | None = None
+        self._load_s = 0.0
+        self._request_count = 0
+        self._last_used_at: float | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    # --- for the fleet ---
+
+    def start(self, *, probation: bool) -> None:
+        """Begin to load. The state is set when this returns."""
+        account = self._services.accounts.get(self.spec.account_key)
+        self._apply(lifecycle.LoadAccepted(account, probation))
+        self._task = asyncio.create_task(self._run(), name=f"actor {self.spec.model_id}")
+
+    def load_again(self) -> None:
+        """Override the quarantine. Raises ``model_conflict`` while its worker is not gone."""
+        self._apply_or_conflict(lifecycle.LoadAccepted(self.state.account, probation=True))
+
+    def unload(self) -> None:
+        """Ask for the end; see ``changed``."""
+        self._apply_or_conflict(lifecycle.UnloadRequested())
+
+    def release(self) -> None:
+        """End the quarantine. Raises ``model_conflict`` when there is none."""
+        self._apply_or_conflict(lifecycle.Released())
+
+    async def routable(self) -> None:
+        """Wait until the model takes traffic. Raises ``CodedError`` with how the load ended."""
+        if self._state is not None and self._state.readiness is Readiness.ROUTABLE:
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._load_waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._load_waiters.discard(waiter)
+
+    async def changed(self) -> None:
+        """Wait for the next transition."""
+        await self._changed.wait()
+
+    @property
+    def tracked(self) -> bool:
+        return self._state is not None
+
+    @property
+    def state(self) -> State:
+        """Raises ``model_not_found`` once the model is not tracked any more."""
+        if self._state is None:
+            raise CodedError(
+                ErrorCode.MODEL_NOT_FOUND, f"model {self.spec.model_id!r} is not loaded"
+            )
+        return self._state
+
+    @property
+    def load_s(self) -> float:
+        """How long the last load took, from the spawn to routable."""
+        return self._load_s
+
+    def submit(self, request: Generate, *, streaming: bool) -> RequestStream:
+        """See ``Fleet.submit``."""
+        self._require_routable()
+        in_hand, limit = len(self._requests), self._services.settings.max_queue
+        if lifecycle.on_probation(self.state, self._services.policy, time.monotonic()):
+            limit = 1
+        if in_hand >= limit:
+            raise CodedError(
+                ErrorCode.RATE_LIMIT_EXCEEDED,
+                f"model {self.spec.model_id!r} has {in_hand} requests in hand already "
+                f"(limit {limit})",
+                retry_after_s=1.0,
+            )
+        stream = self._requests.open(request, streaming=streaming)
+        self._request_count += 1
+        self._last_used_at = time.time()
+        return stream
+
+    def view(self) -> ModelView:
+        """Raises ``model_not_found`` once the model is not tracked any more."""
+        spec, state, generation = self.spec, self.state, self._generation
+        model = generation.model if generation is not None else None
+        in_hand = len(self._requests)
+        in_flight = min(in_hand, model.max_sequences) if model is not None else 0
+        return ModelView(
+            id=spec.model_id,
+            path=str(spec.files.path),
+            backend=spec.backend,
+            backend_version=spec.backend_version,
+            pid=generation.pid if generation is not None else None,
+            generation=state.generation,
+            readiness=self.readiness(),
+            unloading=state.unloading,
+            memory_gb=self.memory_gb(),
+            memory_planned_gb=spec.files.size_bytes / 1e9,
+            loaded_at=self._loaded_at,
+            context_length=model.context_length if model is not None else spec.context_length,
+            request_count=self._request_count,
+            in_flight=in_flight,
+            queued=in_hand - in_flight,
+            last_used_at=self._last_used_at,
+            keep_alive_sec=spec.keep_alive_sec,
+            last_incident_id=None,
+        )
+
+    def readiness(self) -> ReadinessView:
+        state = self.state
+        now = time.monotonic()
+        to_wall = time.time() - now
+        return ReadinessView(
+            state=state.readiness,
+            reason=state.reason,
+            crash_count=count_in_window(state.account, self._services.policy, now),
+            updated_at=state.updated_at + to_wall,
+            retry_at=None if state.retry_at is None else state.retry_at + to_wall,
+            code=state.code,
+            probation=lifecycle.on_probation(state, self._services.policy, now),
+        )
+
+    def memory_gb(self) -> float | None:
+        """Resident memory of the worker in GB (1e9 bytes); None without a worker."""
+        if self._generation is None:
+            return None
+        try:
+            return float(psutil.Process(self._generation.pid).memory_info().rss) / 1e9
+        except psutil.Error:
+            return None
+
+    async def close(self) -> None:
+        """End the task of a model that has no worker any more."""
+        self._inbox.put_nowait(None)
+        if self._task is not None:
+            await self._task
+
+    # --- the task ---
+
+    async def _run(self) -> None:
+        while self._state is not None:
+            event = await self._inbox.get()
+            if event is None:
+                return
+            try:
+                self._apply(event)
+            except lifecycle.IllegalEvent as error:
+                log.error("%s: %s", self.spec.model_id, error)
+            if isinstance(event, lifecycle.WorkerExited) and self._is_current(event.generation):
+                self._generation = None
+
+    def _is_current(self, generation: int) -> bool:
+        return self._generation is not None and self._generation.number == generation
+
+    def _apply_or_conflict(self, event: Event) -> None:
+        try:
+            self._apply(event)
+        except lifecycle.IllegalEvent as error:
+            raise CodedError(ErrorCode.MODEL_CONFLICT, str(error)) from error
+
+    def _apply(self, event: Event) -> None:
+        """Apply one event and carry out what it commands. Never waits."""
+        before = self._state
+        self._state, commands = lifecycle.transition(
+            before, event, self._services.policy, time.monotonic()
+        )
+        for command in commands:
+            self._execute(command)
+        after = self._state
+        if after is not before:
+            self._log(before, after)
+            self._changed.set()
+            self._changed = asyncio.Event()
+        if after is None:
+            self._on_untracked()
+
+    def _execute(self, command: Command) -> None:
+        services, spec = self._services, self.spec
+        match command:
+            case lifecycle.SpawnWorker():
+                self._spawn(command.generation)
+            case lifecycle.StopWorker():
+                self._lose_worker()
+                if self._generation is not None:
+                    self._generation.stop(broken=command.broken)
+            case lifecycle.RunCanary():
+                self._canary = asyncio.create_task(self._prove(command))
+            case lifecycle.ScheduleRestart():
+                services.metrics.worker_restarted(spec.model_id)
+                self._restart_timer = asyncio.get_running_loop().call_later(
+                    command.delay_s,
+                    self._inbox.put_nowait,
+                    lifecycle.RestartDue(command.generation),
+                )
+            case lifecycle.OpenTraffic():
+                self._loaded_at = time.time()
+                self._load_s = time.monotonic() - self._spawned_at
+                self._requests.resume()
+            case lifecycle.ParkRequests():
+                self._lose_worker()
+                self._requests.park(
+                    CodedError(ErrorCode.MODEL_CRASHED, self._explain(command.reason))
+                )
+            case lifecycle.FailRequests():
+                self._lose_worker()
+                self._requests.fail_all(CodedError(command.code, self._explain(command.reason)))
+            case lifecycle.RecordPass():
+                self._record_pass()
+            case lifecycle.RecordFailure():
+                self._record_failure(command)
+            case lifecycle.AnswerLoads():
+                self._answer_loads(command)
+            case lifecycle.SaveAccount():
+                services.accounts.put(spec.account_key, command.account)
+
+    def _explain(self, reason: str) -> str:
+        return f"model {self.spec.model_id!r}: {reason}"
+
+    def _spawn(self, number: int) -> None:
+        settings = self._services.settings
+        load = Load(
+            path=str(self.spec.files.path),
+            context_length=self.spec.context_length,
+            max_sequences=settings.max_sequences,
+            threads=settings.threads,
+        )
+        self._spawned_at = time.monotonic()
+        self._loaded_at = None
+        try:
+            generation = Generation(
+                number,
+                name=f"{self.spec.model_id} (generation {number})",
+                load=load,
+                backend=self.spec.backend,
+                settings=settings,
+                zmq_context=self._services.zmq_context,
+                socket_folder=self._services.socket_folder,
+                requests=self._requests,
+                post=self._inbox.put_nowait,
+            )
+        except OSError as error:
+            self._inbox.put_nowait(
+                lifecycle.WorkerExited(
+                    number, FailureKind.EXIT, f"cannot be started: {error}", random.random()
+                )
+            )
+            return
+        self._generation = generation
+        self._requests.connect(generation.send)
+        self._inbox.put_nowait(lifecycle.WorkerSpawned(number))
+
+    def _lose_worker(self) -> None:
+        self._requests.disconnect()
+        if self._canary is not None:
+            self._canary.cancel()
+            self._canary = None
+
+    async def _prove(self, command: lifecycle.RunCanary) -> None:
+        assert self._generation is not None
+        model = self._generation.model
+        assert model is not None
+        timeout_s = self._services.settings.canary_timeout_s
+
+        def submit(request: Generate) -> RequestStream:
+            return self._requests.open(request, streaming=True, is_canary=True)
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._canary_report = await run_canary(
+                    submit,
+                    has_chat_template=model.has_chat_template,
+                    context_length=model.context_length,
+                    strict=command.strict,
+                )
+        except (CanaryFailed, TimeoutError) as error:
+            reason = str(error) or f"not passed within {timeout_s:.0f} s"
+            self._inbox.put_nowait(
+                lifecycle.WorkerFailed(
+                    command.generation, FailureKind.CANARY, f"canary: {reason}", random.random()
+                )
+            )
+        else:
+            self._inbox.put_nowait(lifecycle.CanaryPassed(command.generation))
+
+    # --- carrying out ---
+
+    def _record_pass(self) -> None:
+        self._services.metrics.canary_ended(self.spec.model_id, "pass")
+        assert self._canary_report is not None
+        self._services.registry.add(
+            model=self.spec.model_id,
+            backend=self.spec.backend,
+            backend_version=self.spec.backend_version,
+            outcome="pass",
+            reason="canary passed",
+            metadata={
+                **msgspec.to_builtins(self._canary_report),
+                "load_s": round(time.monotonic() - self._spawned_at, 3),
+                **self._file_metadata(),
+            },
+        )
+
+    def _record_failure(self, command: lifecycle.RecordFailure) -> None:
+        if command.kind is not None:
+            self._services.metrics.worker_failed(self.spec.model_id, command.kind)
+        tail = self._generation.output_tail if self._generation is not None else ""
+        self._services.registry.add(
+            model=self.spec.model_id,
+            backend=self.spec.backend,
+            backend_version=self.spec.backend_version,
+            outcome="fail",
+            reason=command.reason,
+            metadata={
+                "code": command.code,
+                "kind": command.kind,
+                "generation": self.state.generation,
+                "output_tail": tail[-2000:],
+                **self._file_metadata(),
+            },
+        )
+
+    def _file_metadata(self) -> dict[str, object]:
+        files = self.spec.files
+        return {
+            "digest": files.digest,
+            "architecture": files.architecture,
+            "quantization": files.quantization,
+        }
+
+    def _answer_loads(self, command: lifecycle.AnswerLoads) -> None:
+        waiters, self._load_waiters = self._load_waiters, set()
+        for waiter in waiters:
+            if waiter.done():
+                continue
+            if command.code is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(CodedError(command.code, self._explain(command.reason)))
+
+    def _on_untracked(self) -> None:
+        self._lose_worker()
+        if self._restart_timer is not None:
+            self._restart_timer.cancel()
+        self._inbox.put_nowait(None)
+        self._on_gone()
+
+    def _require_routable(self) -> None:
+        state = self.state
+        if state.readiness is Readiness.ROUTABLE and not state.unloading:
+            return
+        model_id = self.spec.model_id
+        if state.readiness is Readiness.QUARANTINED:
+            raise CodedError(
+                ErrorCode.MODEL_UNSTABLE, f"model {model_id!r} is quarantined: {state.reason}"
+            )
+        if state.unloading:
+            raise CodedError(ErrorCode.MODEL_NOT_READY, f"model {model_id!r} is being unloaded")
+        wait_s = 1.0
+        if state.retry_at is not None:
+            wait_s = max(wait_s, state.retry_at - time.monotonic())
+        raise CodedError(
+            ErrorCode.MODEL_NOT_READY,
+            f"model {model_id!r} is not ready: {state.readiness} ({state.reason})",
+            retry_after_s=wait_s,
+        )
+
+    def _log(self, before: State | None, after: State | None) -> None:
+        old = "untracked" if before is None else before.readiness
+        if after is None:
+            log.info("%s: %s -> untracked", self.spec.model_id, old)
+        elif before is None or before.readiness is not after.readiness:
+            bad = after.readiness is Readiness.QUARANTINED or after.failed
+            log.log(
+                logging.WARNING if bad else logging.INFO,
+                "%s: %s -> %s (%s)",
+                self.spec.model_id,
+                old,
+                after.readiness,
+                after.reason,
+            )

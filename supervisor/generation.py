@@ -1,0 +1,265 @@
+"""One generation of a model's worker: spawn, handshake, load, watch, stop.
+
+Turns what the process, the channel and the clock say into lifecycle events; the
+actor decides what they mean. Each generation reports at most one failure before
+its exit, since its owner stops it for the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import zmq
+
+from protocol.errors import ErrorCode
+from protocol.handshake import EXIT_FAULT, HandshakeError, WorkerBoot, verify_hello
+from protocol.messages import (
+    Accepted,
+    BackendFault,
+    Beat,
+    FromWorker,
+    Hello,
+    Load,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    Phase,
+    Rejected,
+    Shutdown,
+    Step,
+    ToWorker,
+)
+from supervisor.channel import Channel, ChannelFull
+from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
+from supervisor.process import WorkerProcess
+from supervisor.quarantine import FailureKind
+from supervisor.requests import RequestTable
+from supervisor.settings import Settings
+from supervisor.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+#: How long an exit that a message explains may wait for that message.
+LAST_WORDS_TIMEOUT_S = 1.0
+
+#: How often a worker's progress is looked at.
+WATCH_INTERVAL_S = 1.0
+
+#: Time for the stacks of a hung worker to be written before it is killed.
+STACK_DUMP_S = 0.2
+
+
+class Generation:
+    """A live worker. ``post`` takes lifecycle events; all on the event loop.
+
+    Raises ``OSError`` when the process cannot be spawned.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        name: str,
+        load: Load,
+        backend: str,
+        settings: Settings,
+        zmq_context: zmq.Context[zmq.Socket[bytes]],
+        socket_folder: Path,
+        requests: RequestTable,
+        post: Callable[[Event], None],
+    ) -> None:
+        self.number = number
+        self.model: Loaded | None = None
+        self.load_fraction = 0.0
+        self._load = load
+        self._name = name
+        self._settings = settings
+        self._requests = requests
+        self._post = post
+        self._loop = asyncio.get_running_loop()
+        self._greeted = False
+        self._explained = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._channel = Channel(
+            zmq_context,
+            socket_folder,
+            secrets.token_hex(4),
+            on_message=self._on_message,
+            on_violation=self._on_violation,
+        )
+        death_read, self._death_write = os.pipe()
+        self._boot = WorkerBoot(
+            data_endpoint=self._channel.data_endpoint,
+            beat_endpoint=self._channel.beat_endpoint,
+            nonce=secrets.token_hex(16),
+            generation=number,
+            backend=backend,
+            parent_pid=os.getpid(),
+            death_fd=death_read,
+            beat_interval_s=settings.beat_interval_s,
+        )
+        try:
+            self._process = WorkerProcess(self._boot, death_read, on_exit=self._on_exit, name=name)
+        except BaseException:
+            os.close(self._death_write)
+            self._channel.close()
+            raise
+        finally:
+            os.close(death_read)
+        self._deadline = self._loop.call_later(
+            settings.start_timeout_s, self._timed_out, "started", settings.start_timeout_s
+        )
+        self._watchdog = Watchdog(
+            {
+                Phase.IDLE: settings.beat_timeout_s,
+                Phase.PREFILL: settings.prefill_stall_s,
+                Phase.DECODE: settings.decode_stall_s,
+            },
+            time.monotonic(),
+        )
+        self._watched_at = time.monotonic()
+        self._watch_timer = self._loop.call_later(WATCH_INTERVAL_S, self._watch)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: ToWorker) -> bool:
+        """False when the worker does not read any more."""
+        try:
+            self._channel.send(message)
+        except ChannelFull:
+            log.warning(
+                "%s does not read its messages; %s lost", self._name, type(message).__name__
+            )
+            return False
+        return True
+
+    def stop(self, *, broken: bool) -> None:
+        """Bring the process down in the background; ``WorkerExited`` is posted at its end."""
+        self._deadline.cancel()
+        self._watch_timer.cancel()
+        if not broken:
+            self.send(Shutdown())
+        self._start(self._process.stop(grace_s=self._settings.stop_grace_s, broken=broken))
+
+    async def finished(self) -> None:
+        """Wait for whatever still runs for this generation."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- what the worker says ---
+
+    def _on_message(self, message: FromWorker) -> None:
+        if type(message) is Step:
+            self._requests.deliver(message.deltas)
+            return
+        match message:
+            case Beat():
+                self._watchdog.observe(message, time.monotonic())
+            case Hello():
+                self._on_hello(message)
+            case LoadFailed():
+                # Also before the handshake: a backend that cannot be imported.
+                self._on_load_failed(message)
+            case _ if not self._greeted:
+                self._on_violation(f"{type(message).__name__} before the handshake")
+            case LoadProgress():
+                self.load_fraction = message.fraction
+            case Loaded():
+                self._deadline.cancel()
+                self.model = message
+                self._post(WorkerLoaded(self.number))
+            case Accepted():
+                self._requests.accept(message)
+            case Rejected():
+                self._requests.reject(message)
+            case BackendFault():
+                self._fail(FailureKind.BACKEND_EXCEPTION, f"the backend raised {message.message}")
+                self._explained.set()
+
+    def _on_hello(self, hello: Hello) -> None:
+        try:
+            if self._greeted:
+                raise HandshakeError("the worker said hello twice")
+            verify_hello(hello, self._boot, self.pid)
+        except HandshakeError as error:
+            self._on_violation(str(error))
+            return
+        self._greeted = True
+        self._deadline.cancel()
+        self._deadline = self._loop.call_later(
+            self._settings.load_timeout_s, self._timed_out, "loaded", self._settings.load_timeout_s
+        )
+        self.send(self._load)
+
+    def _on_load_failed(self, message: LoadFailed) -> None:
+        if message.code is ErrorCode.MODEL_LOADER_CRASHED:
+            self._fail(FailureKind.LOADER, message.message)
+        else:
+            self._post(LoadRefused(self.number, message.code, message.message))
+        self._explained.set()
+
+    def _on_violation(self, reason: str) -> None:
+        self._fail(FailureKind.PROTOCOL, reason)
+
+    # --- what the clock says ---
+
+    def _timed_out(self, what: str, limit_s: float) -> None:
+        self._fail(FailureKind.LOAD_TIMEOUT, f"not {what} within {limit_s:.0f} s")
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        if now - self._watched_at > 5 * WATCH_INTERVAL_S:
+            self._watchdog.forgive(now)
+        self._watched_at = now
+        if (reason := self._watchdog.verdict(now)) is not None:
+            self._start(self._fail_hung(reason))
+            return
+        self._watch_timer = self._loop.call_later(WATCH_INTERVAL_S, self._watch)
+
+    async def _fail_hung(self, reason: str) -> None:
+        self._process.dump_stacks()
+        await asyncio.sleep(STACK_DUMP_S)
+        self._fail(FailureKind.HANG, reason)
+
+    # --- how it ends ---
+
+    def _fail(self, kind: FailureKind, reason: str) -> None:
+        self._post(WorkerFailed(self.number, kind, reason, random.random()))
+
+    def _on_exit(self) -> None:
+        os.close(self._death_write)
+        self._deadline.cancel()
+        self._watch_timer.cancel()
+        self._start(self._report_exit())
+
+    async def _report_exit(self) -> None:
+        self._channel.drain()
+        if self._process.exit_status == EXIT_FAULT:
+            try:
+                async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
+                    await self._explained.wait()
+            except TimeoutError:
+                pass
+        self._channel.close()
+        kind, reason = self._process.describe_exit()
+        if tail := self._process.output_tail.strip():
+            log.debug("last output of %s, which %s:\n%s", self._name, reason, tail[-4000:])
+        self._post(WorkerExited(self.number, kind, reason, random.random()))
+
+    @property
+    def output_tail(self) -> str:
+        return self._process.output_tail
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

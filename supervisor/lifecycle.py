@@ -1,0 +1,485 @@
+"""The readiness machine: what happens to one model, as a pure function.
+
+``transition(state, event, policy, now)`` returns the next state and the
+commands that the actor has to carry out. No clock, no I/O. ``None`` stands for
+a model that is not tracked. An event that makes no sense raises
+``IllegalEvent``; one of an earlier generation changes nothing.
+
+=================================  =====================  ====================
+from                               on                     to
+=================================  =====================  ====================
+none, quarantined (override)       LoadAccepted           admitted
+admitted                           WorkerSpawned          loading
+loading                            WorkerLoaded           canary_pending
+canary_pending                     CanaryPassed           routable
+admitted, loading, canary_pending  counted failure        loading, quarantined
+routable                           counted failure        loading, quarantined
+admitted, loading                  LoadRefused            none
+any but quarantined                UnloadRequested        none
+quarantined                        UnloadRequested        quarantined
+quarantined                        Released               none
+=================================  =====================  ====================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from protocol.errors import ErrorCode
+from supervisor.quarantine import (
+    Account,
+    FailureKind,
+    Policy,
+    enter_probation,
+    record_failure,
+    release,
+    restart_delay,
+)
+
+
+class Readiness(StrEnum):
+    """The public states."""
+
+    ADMITTED = "admitted"
+    LOADING = "loading"
+    CANARY_PENDING = "canary_pending"
+    ROUTABLE = "routable"
+    QUARANTINED = "quarantined"
+
+
+class IllegalEvent(Exception):
+    """The event cannot happen in this state; the state is unchanged."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything that is known of a tracked model.
+
+    ``worker_alive`` is true from the spawn until the process is reaped; at most
+    one generation is alive. ``failed`` marks a generation whose failure has been
+    counted while its process still has to go. ``retry_at`` is set while a
+    restart waits for its delay.
+    """
+
+    readiness: Readiness
+    reason: str
+    updated_at: float
+    account: Account
+    generation: int = 0
+    worker_alive: bool = False
+    failed: bool = False
+    unloading: bool = False
+    probation: bool = False
+    code: ErrorCode | None = None
+    retry_at: float | None = None
+    restart_delay_s: float = 0.0
+    routable_since: float | None = None
+
+
+# --- events --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAccepted:
+    """The gate let a load pass; ``probation`` overrides a quarantine."""
+
+    account: Account
+    probation: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpawned:
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoaded:
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryPassed:
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRefused:
+    """The worker named a cause that says nothing about the model's behaviour."""
+
+    generation: int
+    code: ErrorCode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailed:
+    """A failure of a live worker, which has to be stopped for it. ``jitter`` is 0..1."""
+
+    generation: int
+    kind: FailureKind
+    reason: str
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExited:
+    """The process is gone. A failure in itself unless one was counted or asked for."""
+
+    generation: int
+    kind: FailureKind
+    reason: str
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RestartDue:
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadRequested:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    pass
+
+
+Event = (
+    LoadAccepted
+    | WorkerSpawned
+    | WorkerLoaded
+    | CanaryPassed
+    | LoadRefused
+    | WorkerFailed
+    | WorkerExited
+    | RestartDue
+    | UnloadRequested
+    | Released
+)
+
+# --- commands ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnWorker:
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopWorker:
+    """Bring the process down; ``WorkerExited`` follows. ``broken``: do not ask it first."""
+
+    generation: int
+    broken: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunCanary:
+    generation: int
+    strict: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleRestart:
+    generation: int
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTraffic:
+    """Give the worker what waited for it, then everything new."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParkRequests:
+    """The worker is lost: keep what can run again on the next one, fail the rest."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailRequests:
+    """Nothing will serve the requests that are left."""
+
+    code: ErrorCode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPass:
+    """The model proved itself: remember it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFailure:
+    """Remember a failure; ``kind`` None: refused, not counted."""
+
+    kind: FailureKind | None
+    code: ErrorCode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLoads:
+    """Tell everyone who waits for a load; ``code`` None: it is routable."""
+
+    code: ErrorCode | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAccount:
+    """Persist the account, so that a restart is no amnesty."""
+
+    account: Account
+
+
+Command = (
+    SpawnWorker
+    | StopWorker
+    | RunCanary
+    | ScheduleRestart
+    | OpenTraffic
+    | ParkRequests
+    | FailRequests
+    | RecordPass
+    | RecordFailure
+    | AnswerLoads
+    | SaveAccount
+)
+
+Outcome = tuple[State | None, list[Command]]
+
+
+def transition(state: State | None, event: Event, policy: Policy, now: float) -> Outcome:
+    """Apply one event. Raises ``IllegalEvent``."""
+    if state is None:
+        if isinstance(event, LoadAccepted) and not event.account.quarantined:
+            return _admit(event.account, generation=0, probation=False, now=now)
+        if isinstance(event, LoadAccepted):
+            return _restore_quarantine(event, now)
+        raise IllegalEvent(f"{type(event).__name__} for a model that is not tracked")
+    match event:
+        case LoadAccepted():
+            if state.readiness is not Readiness.QUARANTINED or not event.probation:
+                raise IllegalEvent(f"a load cannot start in state {state.readiness}")
+            if state.worker_alive:
+                raise IllegalEvent("the quarantined worker is not gone yet")
+            account = enter_probation(state.account)
+            return _admit(account, generation=state.generation, probation=True, now=now)
+        case UnloadRequested():
+            return _unload(state, now)
+        case Released():
+            return _release(state)
+        case _ if event.generation > state.generation:
+            raise IllegalEvent(f"{type(event).__name__} of a generation never spawned")
+        case _ if event.generation < state.generation:
+            return state, []
+        case WorkerSpawned():
+            _require(state, event, Readiness.ADMITTED, Readiness.LOADING)
+            if state.unloading:
+                return state, []
+            return replace(state, readiness=Readiness.LOADING, reason="loading", updated_at=now), []
+        case WorkerLoaded():
+            return _loaded(state, event, now)
+        case CanaryPassed():
+            return _canary_passed(state, event, now)
+        case LoadRefused():
+            return _load_refused(state, event, now)
+        case WorkerFailed():
+            if state.failed or state.unloading or not state.worker_alive:
+                return state, []
+            return _count_failure(state, event.kind, event.reason, event.jitter, policy, now)
+        case WorkerExited():
+            return _exited(state, event, policy, now)
+        case RestartDue():
+            if state.retry_at is None:
+                return state, []
+            return _spawn(replace(state, retry_at=None, reason="restarting", updated_at=now))
+
+
+def on_probation(state: State, policy: Policy, now: float) -> bool:
+    """Whether one more failure re-quarantines: until a whole window passed in health."""
+    if not state.probation:
+        return False
+    return state.routable_since is None or now - state.routable_since < policy.window_s
+
+
+def _require(state: State, event: Event, *allowed: Readiness) -> None:
+    if state.readiness not in allowed or not state.worker_alive:
+        raise IllegalEvent(f"{type(event).__name__} in state {state.readiness}")
+
+
+def _admit(account: Account, *, generation: int, probation: bool, now: float) -> Outcome:
+    state = State(
+        readiness=Readiness.ADMITTED,
+        reason="on probation" if probation else "accepted",
+        updated_at=now,
+        account=account,
+        generation=generation,
+        probation=probation,
+    )
+    spawned, commands = _spawn(state)
+    return spawned, [SaveAccount(account), *commands] if probation else commands
+
+
+def _restore_quarantine(event: LoadAccepted, now: float) -> Outcome:
+    state = State(
+        readiness=Readiness.QUARANTINED,
+        reason="quarantined before this start of the server",
+        updated_at=now,
+        account=event.account,
+        code=ErrorCode.MODEL_UNSTABLE,
+    )
+    if event.probation:
+        account = enter_probation(event.account)
+        return _admit(account, generation=0, probation=True, now=now)
+    return state, [AnswerLoads(ErrorCode.MODEL_UNSTABLE, state.reason)]
+
+
+def _spawn(state: State) -> Outcome:
+    generation = state.generation + 1
+    state = replace(state, generation=generation, worker_alive=True, failed=False)
+    return state, [SpawnWorker(generation)]
+
+
+def _loaded(state: State, event: WorkerLoaded, now: float) -> Outcome:
+    if state.failed or state.unloading:
+        return state, []
+    _require(state, event, Readiness.LOADING)
+    state = replace(
+        state, readiness=Readiness.CANARY_PENDING, reason="running the canary", updated_at=now
+    )
+    return state, [RunCanary(state.generation, strict=state.probation)]
+
+
+def _canary_passed(state: State, event: CanaryPassed, now: float) -> Outcome:
+    if state.failed or state.unloading:
+        return state, []
+    _require(state, event, Readiness.CANARY_PENDING)
+    state = replace(
+        state,
+        readiness=Readiness.ROUTABLE,
+        reason="canary passed",
+        code=None,
+        updated_at=now,
+        routable_since=now,
+    )
+    return state, [RecordPass(), AnswerLoads(), OpenTraffic(state.generation)]
+
+
+def _load_refused(state: State, event: LoadRefused, now: float) -> Outcome:
+    if state.failed or state.unloading:
+        return state, []
+    _require(state, event, Readiness.ADMITTED, Readiness.LOADING)
+    state = replace(state, unloading=True, reason=event.reason, code=event.code, updated_at=now)
+    return state, [
+        RecordFailure(None, event.code, event.reason),
+        AnswerLoads(event.code, event.reason),
+        FailRequests(event.code, event.reason),
+        StopWorker(state.generation, broken=True),
+    ]
+
+
+_LOAD_ENDED_AT = {
+    FailureKind.LOAD_TIMEOUT: ErrorCode.MODEL_LOAD_TIMEOUT,
+    FailureKind.CANARY: ErrorCode.MODEL_CANARY_FAILED,
+}
+
+
+def _code_of(state: State, kind: FailureKind) -> ErrorCode:
+    if state.readiness is Readiness.ROUTABLE:
+        return ErrorCode.MODEL_CRASHED
+    if state.readiness is Readiness.CANARY_PENDING:
+        return ErrorCode.MODEL_CANARY_FAILED
+    return _LOAD_ENDED_AT.get(kind, ErrorCode.MODEL_LOADER_CRASHED)
+
+
+def _count_failure(
+    state: State, kind: FailureKind, reason: str, jitter: float, policy: Policy, now: float
+) -> Outcome:
+    """Count a failure of the current generation, whose process is still there."""
+    healthy_s = 0.0 if state.routable_since is None else now - state.routable_since
+    account = record_failure(
+        state.account,
+        policy,
+        now,
+        healthy_s=healthy_s,
+        probation=on_probation(state, policy, now),
+    )
+    code = _code_of(state, kind)
+    state = replace(
+        state,
+        account=account,
+        readiness=Readiness.QUARANTINED if account.quarantined else Readiness.LOADING,
+        reason=reason,
+        code=ErrorCode.MODEL_UNSTABLE if account.quarantined else code,
+        updated_at=now,
+        failed=True,
+        probation=False,
+        retry_at=None,
+        restart_delay_s=restart_delay(account, policy, jitter),
+        routable_since=None,
+    )
+    aftermath: Command = ParkRequests(reason)
+    if account.quarantined:
+        aftermath = FailRequests(ErrorCode.MODEL_UNSTABLE, f"quarantined: {reason}")
+    return state, [
+        SaveAccount(account),
+        RecordFailure(kind, code, reason),
+        AnswerLoads(code, reason),
+        aftermath,
+        StopWorker(state.generation, broken=True),
+    ]
+
+
+def _exited(state: State, event: WorkerExited, policy: Policy, now: float) -> Outcome:
+    if not state.worker_alive:
+        raise IllegalEvent("the worker exited twice")
+    commands: list[Command] = []
+    if not state.failed and not state.unloading:
+        counted, commands = _count_failure(
+            state, event.kind, event.reason, event.jitter, policy, now
+        )
+        assert counted is not None
+        state = counted
+        commands = [c for c in commands if not isinstance(c, StopWorker)]
+    state = replace(state, worker_alive=False)
+    if state.readiness is Readiness.QUARANTINED:
+        return replace(state, unloading=False), commands
+    if state.unloading:
+        return None, commands
+    state = replace(state, retry_at=now + state.restart_delay_s)
+    return state, [*commands, ScheduleRestart(state.generation, state.restart_delay_s)]
+
+
+def _unload(state: State, now: float) -> Outcome:
+    if state.unloading:
+        return state, []
+    stop: list[Command] = []
+    if state.worker_alive and not state.failed:
+        stop = [StopWorker(state.generation, broken=False)]
+    if state.readiness is Readiness.QUARANTINED:
+        return replace(state, unloading=state.worker_alive), stop
+    gone = "the model was unloaded"
+    commands: list[Command] = [
+        AnswerLoads(ErrorCode.MODEL_UNLOADED, gone),
+        FailRequests(ErrorCode.MODEL_UNLOADED, gone),
+        *stop,
+    ]
+    if not state.worker_alive:
+        return None, commands
+    return replace(state, unloading=True, reason="unloading", updated_at=now), commands
+
+
+def _release(state: State) -> Outcome:
+    if state.readiness is not Readiness.QUARANTINED:
+        raise IllegalEvent(f"nothing to release in state {state.readiness}")
+    if state.worker_alive:
+        raise IllegalEvent("the quarantined worker is not gone yet")
+    return None, [SaveAccount(release(state.account))]

@@ -1,0 +1,185 @@
+"""One worker process: spawn it, learn of its death at once, bring it down.
+
+Must be used from the main thread: the kernel's parent-death signal is tied to
+the thread that spawned the child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+from protocol.handshake import BOOT_ENV, WorkerBoot, encode_boot
+from supervisor.quarantine import FailureKind
+
+log = logging.getLogger(__name__)
+
+#: How much of a worker's output is kept for the reason of a failure.
+OUTPUT_TAIL_BYTES = 64 * 1024
+
+
+def _environment(boot: WorkerBoot) -> dict[str, str]:
+    # Our own settings stay here: among them are the keys of the HTTP surface.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("OPTA_LMX_")}
+    return {**inherited, BOOT_ENV: encode_boot(boot)}
+
+
+class WorkerProcess:
+    """A spawned worker, in a session and process group of its own.
+
+    ``on_exit`` is called on the event loop exactly once, after the process was
+    reaped. Raises ``OSError`` when it cannot be spawned.
+    """
+
+    def __init__(
+        self, boot: WorkerBoot, death_fd: int, *, on_exit: Callable[[], None], name: str
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_exit = on_exit
+        self._name = name
+        self._tail = bytearray()
+        self._exited = asyncio.Event()
+        output_read, output_write = os.pipe()
+        try:
+            # -P keeps the current folder out of the import path: our import
+            # names are generic enough to be shadowed by a user's own files.
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", "-m", "worker"],
+                stdin=subprocess.DEVNULL,
+                stdout=output_write,
+                stderr=output_write,
+                env=_environment(boot),
+                pass_fds=(death_fd,),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(output_read)
+            raise
+        finally:
+            os.close(output_write)
+        os.set_blocking(output_read, False)
+        self._output: int | None = output_read
+        self._loop.add_reader(output_read, self._read_output)
+        self._watch()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def exit_status(self) -> int:
+        """As ``subprocess``: negative for a signal. Only after ``on_exit``."""
+        assert self._popen.returncode is not None
+        return self._popen.returncode
+
+    @property
+    def output_tail(self) -> str:
+        """The last of what the worker wrote to stdout and stderr."""
+        return self._tail.decode(errors="replace")
+
+    def describe_exit(self) -> tuple[FailureKind, str]:
+        """What the exit status says. Only after ``on_exit``."""
+        status = self.exit_status
+        if status >= 0:
+            return FailureKind.EXIT, f"exited with status {status}"
+        try:
+            name = signal.Signals(-status).name
+        except ValueError:
+            name = f"signal {-status}"
+        return FailureKind.SIGNAL, f"killed by {name}"
+
+    async def stop(self, *, grace_s: float, broken: bool) -> None:
+        """SIGTERM, then SIGKILL after ``grace_s``, to the group; waits for the end.
+
+        ``broken``: no use in asking, SIGKILL at once. A worker that is asked was
+        told to shut down before; SIGTERM is for one that did not listen.
+        """
+        if not broken:
+            if await self._wait(grace_s):
+                return
+            self._signal(signal.SIGTERM)
+            if await self._wait(grace_s):
+                return
+        if not self._exited.is_set():
+            self._signal(signal.SIGKILL)
+        await self._exited.wait()
+
+    def dump_stacks(self) -> None:
+        """Make the worker print its Python stacks; they appear in ``output_tail``."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # The group, not the process: a backend may have started helpers.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    async def _wait(self, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._exited.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _watch(self) -> None:
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):
+            # No pidfd here (macOS, old kernels): a thread waits instead.
+            threading.Thread(target=self._wait_in_thread, daemon=True).start()
+            return
+
+        def reap() -> None:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+            # Helpers of the worker go first: while it is a zombie, the number of
+            # its group cannot have been given to somebody else.
+            self._signal(signal.SIGKILL)
+            self._popen.wait()
+            self._finish()
+
+        self._loop.add_reader(pidfd, reap)
+
+    def _wait_in_thread(self) -> None:
+        self._popen.wait()
+        with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+            self._loop.call_soon_threadsafe(self._finish)
+
+    def _finish(self) -> None:
+        # What is in the pipe now is all there will be from the worker itself; a
+        # helper that inherited the pipe could hold it open for ever.
+        self._read_output()
+        self._close_output()
+        self._exited.set()
+        self._on_exit()
+
+    def _read_output(self) -> None:
+        while self._output is not None:
+            try:
+                data = os.read(self._output, 65536)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._close_output()
+                return
+            self._tail += data
+            del self._tail[:-OUTPUT_TAIL_BYTES]
+            if log.isEnabledFor(logging.DEBUG):
+                for line in data.decode(errors="replace").splitlines():
+                    log.debug("%s: %s", self._name, line)
+
+    def _close_output(self) -> None:
+        if self._output is not None:
+            self._loop.remove_reader(self._output)
+            os.close(self._output)
+            self._output = None

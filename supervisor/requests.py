@@ -1,0 +1,138 @@
+"""The requests of one model, from submission to their last delta.
+
+A request belongs to the worker generation it was sent to. When that one dies,
+what nobody has seen anything of runs once more on the next; the rest ends in a
+typed error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+
+import msgspec
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Accepted, Cancel, Delta, FinishReason, Generate, Rejected, ToWorker
+from supervisor.stream import RequestStream
+
+#: How often a request may be given to a worker. The second crash under it may
+#: well be its own doing.
+MAX_RUNS = 2
+
+#: Ids are unique within one supervisor, so that no message can be mistaken.
+_ids = count(1)
+
+#: Hands a message to the worker; False when it does not read any more.
+SendToWorker = Callable[[ToWorker], bool]
+
+
+@dataclass(slots=True)
+class _Entry:
+    request: Generate
+    stream: RequestStream
+    is_canary: bool
+    runs: int = 0
+
+
+class RequestTable:
+    """All unfinished requests. Methods run on the event loop and never wait."""
+
+    def __init__(self, *, max_stream_buffer_bytes: int) -> None:
+        self._max_stream_buffer_bytes = max_stream_buffer_bytes
+        self._entries: dict[int, _Entry] = {}
+        self._send: SendToWorker | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def connect(self, send: SendToWorker) -> None:
+        """From now on ``send`` reaches the worker."""
+        self._send = send
+
+    def disconnect(self) -> None:
+        """The worker is lost; what is submitted now waits for the next one."""
+        self._send = None
+
+    def open(self, request: Generate, *, streaming: bool, is_canary: bool = False) -> RequestStream:
+        """Send a request to the connected worker and return its stream.
+
+        Raises ``rate_limit_exceeded`` when the worker does not take it.
+        """
+        request_id = next(_ids)
+
+        def let_go() -> None:
+            self._abandon(request_id)
+
+        stream = RequestStream(
+            max_buffer_bytes=self._max_stream_buffer_bytes if streaming else None,
+            on_close=let_go,
+        )
+        entry = _Entry(msgspec.structs.replace(request, request_id=request_id), stream, is_canary)
+        if not self._run(entry):
+            raise _worker_busy()
+        self._entries[request_id] = entry
+        return stream
+
+    def deliver(self, deltas: Iterable[Delta]) -> None:
+        """Hand a step's deltas out. Those of abandoned requests are dropped."""
+        for delta in deltas:
+            entry = self._entries.get(delta.request_id)
+            if entry is None:
+                continue
+            if delta.finish is not None:
+                del self._entries[delta.request_id]
+                if delta.finish is FinishReason.CANCELLED:
+                    # Nobody who still listens has asked for this.
+                    entry.stream.fail(
+                        CodedError(ErrorCode.INTERNAL_ERROR, "the request was cancelled")
+                    )
+                    continue
+            entry.stream.push(delta)
+
+    def accept(self, message: Accepted) -> None:
+        if (entry := self._entries.get(message.request_id)) is not None:
+            entry.stream.accept(message.prompt_tokens)
+
+    def reject(self, message: Rejected) -> None:
+        if (entry := self._entries.pop(message.request_id, None)) is not None:
+            entry.stream.fail(CodedError(message.code, message.message, param=message.param))
+
+    def park(self, error: CodedError) -> None:
+        """Keep what can run again unseen on the next worker; fail the rest with ``error``."""
+        for request_id, entry in list(self._entries.items()):
+            if entry.is_canary or entry.stream.delivered or entry.runs >= MAX_RUNS:
+                del self._entries[request_id]
+                entry.stream.fail(error)
+            else:
+                entry.stream.restart()
+
+    def resume(self) -> None:
+        """Run what was parked, oldest first, on the connected worker."""
+        for request_id, entry in list(self._entries.items()):
+            if not self._run(entry):
+                del self._entries[request_id]
+                entry.stream.fail(_worker_busy())
+
+    def fail_all(self, error: CodedError) -> None:
+        entries, self._entries = self._entries, {}
+        for entry in entries.values():
+            entry.stream.fail(error)
+
+    def _run(self, entry: _Entry) -> bool:
+        assert self._send is not None
+        entry.runs += 1
+        return self._send(entry.request)
+
+    def _abandon(self, request_id: int) -> None:
+        if self._entries.pop(request_id, None) is not None and self._send is not None:
+            self._send(Cancel(request_id))
+
+
+def _worker_busy() -> CodedError:
+    return CodedError(
+        ErrorCode.RATE_LIMIT_EXCEEDED,
+        "the model's worker does not take any more requests now",
+        retry_after_s=1.0,
+    )

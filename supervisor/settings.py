@@ -1,0 +1,67 @@
+"""What an operator can set. ``supervisor.config`` fills it from file, environment and flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+
+class ModelSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model to load at start: a path, or an id found in the models folder."""
+
+    path: str
+    id: str | None = None
+    backend: str | None = None
+    context_length: int | None = None
+    keep_alive_sec: int | None = None
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All settings with their defaults. Durations in seconds, sizes in bytes."""
+
+    home: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    models_dir: Path | None = None
+    models: tuple[ModelSetting, ...] = ()
+    admin_key: str | None = None
+    api_key: str | None = None
+    #: A non-loopback bind without both keys is refused unless this is set.
+    allow_unauthenticated: bool = False
+    #: The backend without a model, for tests and the fault harness.
+    enable_simulated: bool = False
+
+    max_body_bytes: int = 32 * 1024 * 1024
+    #: Requests per model that are running or waiting; one more is refused (429).
+    max_queue: int = 64
+    #: Text a stream may hold for a client that reads too slowly.
+    max_stream_buffer_bytes: int = 1024 * 1024
+    sse_keepalive_s: float = 15.0
+    shutdown_grace_s: float = 5.0
+
+    #: Sequences one worker runs at once, each with a context of its own.
+    max_sequences: int = 1
+    threads: int | None = None
+    context_length: int | None = None
+
+    #: Process start until the handshake, then until the model is in memory.
+    start_timeout_s: float = 60.0
+    load_timeout_s: float = 600.0
+    canary_timeout_s: float = 120.0
+    #: No progress in this phase for so long means hung.
+    prefill_stall_s: float = 120.0
+    decode_stall_s: float = 60.0
+    beat_interval_s: float = 1.0
+    beat_timeout_s: float = 30.0
+    stop_grace_s: float = 5.0
+
+    failure_threshold: int = 3
+    failure_window_s: float = 600.0
+    restart_delay_cap_s: float = 60.0
+
+    log_level: str = "info"
+
+    @property
+    def effective_models_dir(self) -> Path:
+        return self.models_dir if self.models_dir is not None else self.home / "models"

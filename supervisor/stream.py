@@ -1,0 +1,153 @@
+"""One request's answer on its way from a worker to whoever asked for it.
+
+The channel's reader pushes, one consumer pulls. Everything that arrives while
+the consumer is busy is handed over in one piece, so a slow client costs fewer,
+larger writes, and at a bound it loses its request instead of everyone's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Delta, FinishReason
+
+
+class Chunk(NamedTuple):
+    """Text that became available, and why the answer ended, if it did."""
+
+    text: str
+    finish: FinishReason | None
+
+
+class RequestStream:
+    """A running request. One consumer; every method runs on the event loop.
+
+    ``on_close`` is called when the consumer lets go (``close``) before the end,
+    or has fallen behind by more than ``max_buffer_bytes`` (None: no bound, for an
+    answer that is collected whole): the owner then cancels the work.
+    """
+
+    def __init__(self, *, max_buffer_bytes: int | None, on_close: Callable[[], None]) -> None:
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self._max_buffer_bytes = max_buffer_bytes
+        self._on_close = on_close
+        self._accepted = False
+        self._texts: list[str] = []
+        self._buffered = 0
+        self._finish: FinishReason | None = None
+        self._error: CodedError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._delivered = False
+        self._closed = False
+
+    # --- producer ---
+
+    def accept(self, prompt_tokens: int) -> None:
+        """The worker took the request. Also called when it runs again elsewhere."""
+        self.prompt_tokens = prompt_tokens
+        self._accepted = True
+        self._wake()
+
+    def push(self, delta: Delta) -> None:
+        """Add what one step brought; past the buffer's bound the request fails."""
+        if self.ended:
+            return
+        self.completion_tokens += len(delta.tokens)
+        if delta.text:
+            self._texts.append(delta.text)
+            self._buffered += len(delta.text)
+            if self._max_buffer_bytes is not None and self._buffered > self._max_buffer_bytes:
+                self.fail(
+                    CodedError(
+                        ErrorCode.STREAM_OVERFLOW,
+                        "the client reads more slowly than the model writes; the answer is cut off",
+                    )
+                )
+                self._on_close()
+                return
+        self._finish = delta.finish
+        if delta.text or delta.finish is not None:
+            self._wake()
+
+    def fail(self, error: CodedError) -> None:
+        """End the request with an error; what is buffered is still delivered first."""
+        if not self.ended:
+            self._error = error
+            self._wake()
+
+    def restart(self) -> None:
+        """Forget an unfinished run, none of which was delivered, before it runs again."""
+        assert not self._delivered
+        self._texts.clear()
+        self._buffered = 0
+        self.completion_tokens = 0
+
+    @property
+    def ended(self) -> bool:
+        return self._finish is not None or self._error is not None
+
+    @property
+    def delivered(self) -> bool:
+        """Whether any of the answer has reached the consumer."""
+        return self._delivered
+
+    # --- consumer ---
+
+    async def accepted(self) -> int:
+        """Wait until the worker has validated the request; return its prompt tokens.
+
+        Raises ``CodedError`` when the request was refused or its model failed.
+        """
+        while not self._accepted:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+        return self.prompt_tokens
+
+    async def next(self) -> Chunk:
+        """Return what arrived since the last call, waiting for at least one character.
+
+        Raises ``CodedError`` when the request ended in an error.
+        """
+        while not self._texts and self._finish is None:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+        text = self._texts[0] if len(self._texts) == 1 else "".join(self._texts)
+        self._texts.clear()
+        self._buffered = 0
+        self._delivered = True
+        return Chunk(text, self._finish)
+
+    async def collect(self) -> Chunk:
+        """Wait for the whole answer; nothing counts as delivered before it is complete.
+
+        Raises ``CodedError`` when the request ended in an error.
+        """
+        while self._finish is None:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+        return await self.next()
+
+    def close(self) -> None:
+        """Let go of the request; cancels it unless it has ended. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            if not self.ended:
+                self._on_close()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

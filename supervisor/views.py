@@ -1,0 +1,55 @@
+"""What the outside sees of a model: plain values, encoded as they are."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ReadinessView(msgspec.Struct, frozen=True, kw_only=True):
+    """``state`` is one of the five public states; times are epoch seconds.
+
+    ``crash_count`` is the number of counted failures now in the window;
+    ``retry_at`` is set while a restart waits for its delay; ``code`` is the
+    error code of the failure that ``reason`` tells about, when there is one.
+    """
+
+    state: str
+    reason: str
+    crash_count: int
+    updated_at: float
+    retry_at: float | None = None
+    code: str | None = None
+    probation: bool = False
+
+
+class ModelView(msgspec.Struct, frozen=True, kw_only=True):
+    """A tracked model, as in ``GET /admin/models/{id}``. GB is 1e9 bytes."""
+
+    id: str
+    path: str
+    backend: str
+    backend_version: str
+    pid: int | None
+    generation: int
+    readiness: ReadinessView
+    unloading: bool
+    memory_gb: float | None
+    memory_planned_gb: float | None
+    loaded_at: float | None
+    context_length: int | None
+    request_count: int
+    in_flight: int
+    queued: int
+    last_used_at: float | None
+    keep_alive_sec: int | None
+    last_incident_id: str | None
+
+
+class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to a load that reached ``routable``."""
+
+    success: bool
+    model_id: str
+    memory_after_load_gb: float | None
+    time_to_load_ms: float
+    readiness: ReadinessView
