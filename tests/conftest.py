@@ -1,0 +1,81 @@
+"""Models for the tests: tiny random ones, and the demo model in both formats."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+# MLX would compile kernels with the system's compiler; interpreted ones are as
+# fast for small models and need none. Set before anything imports mlx, and
+# inherited by every worker process that a test starts.
+os.environ["MLX_DISABLE_COMPILE"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+SUPPORT = ROOT / "tests" / "support"
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GGUF of a million parameters; loads and answers within a second."""
+    from tests.support.tiny_gguf import write_tiny_gguf
+
+    return write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_mlx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as an mlx-lm directory; skips where MLX is not installed."""
+    pytest.importorskip("mlx.core")
+    from tests.support.tiny_mlx import write_tiny_mlx
+
+    return write_tiny_mlx(tmp_path_factory.mktemp("models") / "tiny-mlx")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """SmolLM2-135M-Instruct; fetched once for this user, not once per run."""
+    fetched = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "demo_model.py"],
+        check=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return Path(fetched.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def demo_mlx(demo_gguf: Path) -> Path:
+    """The demo model as an mlx-lm directory; skips where MLX is not installed.
+
+    Kept in the cache folder under what it was made from.
+    """
+    pytest.importorskip("mlx.core")
+    from tests.support.gguf_to_mlx import gguf_to_mlx
+
+    maker = hashlib.sha256((SUPPORT / "gguf_to_mlx.py").read_bytes()).hexdigest()[:12]
+    directory = _cache_dir() / "test-models" / f"{demo_gguf.stem}-mlx-{maker}"
+    if not directory.is_dir():
+        with _scratch_beside(directory) as scratch:
+            gguf_to_mlx(demo_gguf, scratch / "model").rename(directory)
+    return directory
+
+
+@contextmanager
+def _scratch_beside(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as name:
+        yield Path(name)
+
+
+def _cache_dir() -> Path:
+    """As scripts/setup has it."""
+    if chosen := os.environ.get("OPTA_LMX_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opta-lmx"

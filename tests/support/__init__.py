@@ -1,0 +1,1 @@
+"""Makers of the small models that the tests run on."""

@@ -1,0 +1,105 @@
+"""Writes a random GGUF model of about a million parameters, in well under a second."""
+
+from pathlib import Path
+
+import gguf
+
+from tests.support.tiny_vocab import (
+    CHAT_TEMPLATE,
+    CONTROL_TOKENS,
+    END_OF_TEXT,
+    MARKER_TOKENS,
+    TURN_END,
+    TinyVocab,
+    tiny_vocab,
+)
+from tests.support.tiny_weights import Flaw, Shape, tiny_weights
+
+_BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OTHER_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def write_tiny_gguf(
+    path: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 128,
+    layers: int = 4,
+    context_length: int = 2048,
+    architecture: str = "llama",
+    chat_template: str | None = CHAT_TEMPLATE,
+    extra_embedding_rows: int = 0,
+    flaw: Flaw = "none",
+) -> Path:
+    """Write a GGUF with llama's tensors to `path`, and return it.
+
+    An `architecture` other than "llama" is only a name: a reader that knows it
+    misses its tensors, one that doesn't refuses it. `chat_template=None` leaves
+    the template out. `extra_embedding_rows` makes the embedding disagree with
+    the vocabulary, which llama.cpp refuses to load.
+    """
+    shape = Shape(hidden=hidden, layers=layers, context_length=context_length)
+    vocab = tiny_vocab()
+    writer = gguf.GGUFWriter(path, architecture)
+    _add_shape(writer, shape, vocab)
+    _add_tokenizer(writer, vocab)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    tensors = tiny_weights(shape, vocab, seed=seed, extra_rows=extra_embedding_rows, flaw=flaw)
+    for name, tensor in tensors.items():
+        writer.add_tensor(_gguf_name(name), tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_shape(writer: gguf.GGUFWriter, shape: Shape, vocab: TinyVocab) -> None:
+    writer.add_name("tiny-random")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_vocab_size(len(vocab))
+    writer.add_context_length(shape.context_length)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.feed_forward)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(shape.norm_epsilon)
+    writer.add_rope_dimension_count(shape.head_size)
+    writer.add_rope_freq_base(shape.rope_base)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab: TinyVocab) -> None:
+    kinds = dict.fromkeys(CONTROL_TOKENS, gguf.TokenType.CONTROL)
+    kinds |= dict.fromkeys(MARKER_TOKENS, gguf.TokenType.USER_DEFINED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_types([kinds.get(token, gguf.TokenType.NORMAL) for token in vocab.tokens])
+    writer.add_token_merges([" ".join(pair) for pair in vocab.merges])
+    writer.add_bos_token_id(vocab.id_of(END_OF_TEXT))
+    writer.add_eos_token_id(vocab.id_of(TURN_END))
+    writer.add_pad_token_id(vocab.id_of(END_OF_TEXT))
+    writer.add_add_bos_token(False)
+
+
+def _gguf_name(name: str) -> str:
+    if name in _OTHER_NAMES:
+        return _OTHER_NAMES[name]
+    layer, _, rest = name.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_BLOCK_NAMES[rest.removesuffix('.weight')]}.weight"
