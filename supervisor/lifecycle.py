@@ -463,7 +463,9 @@ def _unload(state: State, now: float) -> Outcome:
         return state, []
     stop: list[Command] = []
     if state.worker_alive and not state.failed:
-        stop = [StopWorker(state.generation, broken=False)]
+        # A worker that has not loaded yet has nothing to finish, and would not listen.
+        loading = state.readiness in {Readiness.ADMITTED, Readiness.LOADING}
+        stop = [StopWorker(state.generation, broken=loading)]
     if state.readiness is Readiness.QUARANTINED:
         return replace(state, unloading=state.worker_alive), stop
     gone = "the model was unloaded"

@@ -6,15 +6,15 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from protocol.errors import CodedError
 from supervisor.blocklist import load_blocklist
 from supervisor.fleet import Fleet
 from supervisor.gateway import server
-from supervisor.gateway.announce import announce_failed, announce_ready
+from supervisor.gateway.announce import announce
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
 
@@ -54,19 +54,13 @@ def home_lock(home: Path) -> Iterator[None]:
 def run(settings: Settings) -> None:
     """Serve until a signal ends it.
 
-    Raises ``HomeInUse``, ``BlocklistError``, ``ConfigError`` or ``OSError`` when it
+    Raises ``HomeInUse``, ``BlocklistError``, ``BindRefused`` or ``OSError`` when it
     cannot start.
     """
     server.require_keys(settings)
     with home_lock(settings.home), contextlib.closing(server.bind(settings)) as listener:
         settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
 
-        def report(model_id: str, error: CodedError | None) -> None:
-            if error is None:
-                announce_ready(settings, model_id)
-            else:
-                announce_failed(model_id, error)
-
         metrics = Metrics()
-        fleet = Fleet(settings, metrics, load_blocklist(settings.home), on_autoload=report)
+        fleet = Fleet(settings, metrics, load_blocklist(settings.home), on_autoload=partial(announce, settings))
         server.run(fleet, settings, metrics, listener)

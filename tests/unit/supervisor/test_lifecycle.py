@@ -1,0 +1,268 @@
+"""The readiness table, row by row."""
+
+from dataclasses import replace
+
+import pytest
+
+from protocol.errors import ErrorCode
+from supervisor import lifecycle as lc
+from supervisor.lifecycle import Command, Event, Readiness, State, transition
+from supervisor.quarantine import Account, FailureKind, Policy
+
+POLICY = Policy(threshold=3, window_s=600, delay_cap_s=60, decay_s=600)
+ACCEPT = lc.LoadAccepted(Account())
+
+
+class Machine:
+    """Applies events one after the other and keeps the last commands."""
+
+    def __init__(self) -> None:
+        self.current: State | None = None
+        self.commands: list[Command] = []
+        self.now = 0.0
+
+    def __call__(self, *events: Event) -> "Machine":
+        for event in events:
+            self.now += 1.0
+            self.current, self.commands = transition(self.current, event, POLICY, self.now)
+        return self
+
+    @property
+    def state(self) -> State:
+        assert self.current is not None
+        return self.current
+
+    def kinds(self) -> list[type[Command]]:
+        return [type(command) for command in self.commands]
+
+    def command(self, kind: type[Command]) -> Command:
+        (found,) = [command for command in self.commands if isinstance(command, kind)]
+        return found
+
+
+def admitted() -> Machine:
+    return Machine()(ACCEPT)
+
+
+def loading() -> Machine:
+    return admitted()(lc.WorkerSpawned(1))
+
+
+def canary_pending() -> Machine:
+    return loading()(lc.WorkerLoaded(1))
+
+
+def routable() -> Machine:
+    return canary_pending()(lc.CanaryPassed(1))
+
+
+def exited(generation: int, kind: FailureKind = FailureKind.SIGNAL) -> lc.WorkerExited:
+    return lc.WorkerExited(generation, kind, "killed by SIGSEGV", jitter=1.0)
+
+
+def quarantined() -> Machine:
+    machine = routable()(exited(1), lc.RestartDue(1))
+    machine(lc.WorkerSpawned(2), exited(2), lc.RestartDue(2))
+    return machine(lc.WorkerSpawned(3), exited(3))
+
+
+def test_a_load_goes_through_every_state() -> None:
+    machine = admitted()
+    assert machine.state.readiness is Readiness.ADMITTED
+    assert machine.commands == [lc.SpawnWorker(1)]
+    assert machine(lc.WorkerSpawned(1)).state.readiness is Readiness.LOADING
+    machine(lc.WorkerLoaded(1))
+    assert machine.state.readiness is Readiness.CANARY_PENDING
+    assert machine.commands == [lc.RunCanary(1, strict=False)]
+    machine(lc.CanaryPassed(1))
+    assert machine.state.readiness is Readiness.ROUTABLE
+    assert machine.kinds() == [lc.RecordPass, lc.AnswerLoads, lc.OpenTraffic]
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (admitted, ErrorCode.MODEL_LOADER_CRASHED),
+        (loading, ErrorCode.MODEL_LOADER_CRASHED),
+        (canary_pending, ErrorCode.MODEL_CANARY_FAILED),
+        (routable, ErrorCode.MODEL_CRASHED),
+    ],
+)
+def test_a_death_is_counted_and_restarted(make: type[Machine], code: ErrorCode) -> None:
+    machine = make()(exited(1))
+    assert machine.state.readiness is Readiness.LOADING
+    assert len(machine.state.account.times) == 1
+    assert machine.state.code is code
+    assert machine.command(lc.ScheduleRestart) == lc.ScheduleRestart(1, 0.0)
+    answer = machine.command(lc.AnswerLoads)
+    assert isinstance(answer, lc.AnswerLoads)
+    assert answer.code is code
+    machine(lc.RestartDue(1))
+    assert machine.commands == [lc.SpawnWorker(2)]
+
+
+def test_a_clean_exit_nobody_asked_for_counts_too() -> None:
+    machine = routable()(lc.WorkerExited(1, FailureKind.EXIT, "exited with status 0"))
+    assert len(machine.state.account.times) == 1
+
+
+@pytest.mark.parametrize("kind", [FailureKind.HANG, FailureKind.PROTOCOL, FailureKind.CANARY])
+def test_a_failure_of_a_live_worker_stops_it_and_counts_once(kind: FailureKind) -> None:
+    machine = canary_pending()(lc.WorkerFailed(1, kind, "why"))
+    assert machine.command(lc.StopWorker) == lc.StopWorker(1, broken=True)
+    assert lc.ScheduleRestart not in machine.kinds()
+    machine(lc.WorkerFailed(1, FailureKind.PROTOCOL, "again"))
+    assert machine.commands == []
+    machine(exited(1))
+    assert len(machine.state.account.times) == 1
+    assert machine.kinds() == [lc.ScheduleRestart]
+
+
+def test_the_load_timeout_has_its_code() -> None:
+    machine = loading()(lc.WorkerFailed(1, FailureKind.LOAD_TIMEOUT, "not loaded within 600 s"))
+    assert machine.state.code is ErrorCode.MODEL_LOAD_TIMEOUT
+
+
+def test_delays_grow_with_the_failures() -> None:
+    machine = routable()(exited(1), lc.RestartDue(1), lc.WorkerSpawned(2), exited(2))
+    assert machine.command(lc.ScheduleRestart) == lc.ScheduleRestart(2, 1.0)
+    assert machine.state.retry_at == machine.now + 1.0
+
+
+def test_the_threshold_quarantines_and_nothing_is_spawned() -> None:
+    machine = quarantined()
+    assert machine.state.readiness is Readiness.QUARANTINED
+    assert machine.state.code is ErrorCode.MODEL_UNSTABLE
+    assert not machine.state.worker_alive
+    assert lc.SpawnWorker not in machine.kinds()
+    assert lc.ScheduleRestart not in machine.kinds()
+    assert lc.FailRequests in machine.kinds()
+
+
+def test_an_unsupported_model_is_dropped_without_a_count() -> None:
+    machine = loading()(lc.LoadRefused(1, ErrorCode.MODEL_UNSUPPORTED_ARCH, "no such arch"))
+    assert machine.command(lc.StopWorker) == lc.StopWorker(1, broken=True)
+    assert machine.state.account == Account()
+    machine(exited(1))
+    assert machine.current is None
+
+
+@pytest.mark.parametrize("make", [admitted, loading, canary_pending, routable])
+def test_unload_stops_the_worker_then_drops_the_model(make: type[Machine]) -> None:
+    machine = make()(lc.UnloadRequested())
+    assert machine.state.unloading
+    assert lc.StopWorker in machine.kinds()
+    assert lc.AnswerLoads in machine.kinds()
+    machine(exited(1))
+    assert machine.current is None
+    assert machine.commands == []
+
+
+def test_unload_between_two_tries_drops_at_once() -> None:
+    machine = routable()(exited(1), lc.UnloadRequested())
+    assert machine.current is None
+
+
+def test_unload_while_a_failed_worker_is_being_stopped() -> None:
+    machine = routable()(lc.WorkerFailed(1, FailureKind.HANG, "hung"), lc.UnloadRequested())
+    assert lc.StopWorker not in machine.kinds()
+    assert machine(exited(1)).current is None
+
+
+def test_unload_does_not_end_a_quarantine() -> None:
+    machine = quarantined()(lc.UnloadRequested())
+    assert machine.state.readiness is Readiness.QUARANTINED
+
+
+def test_release_drops_the_model_with_an_empty_window() -> None:
+    machine = quarantined()(lc.Released())
+    assert machine.current is None
+    save = machine.command(lc.SaveAccount)
+    assert isinstance(save, lc.SaveAccount)
+    assert (save.account.times, save.account.quarantined) == ((), False)
+
+
+@pytest.mark.parametrize("make", [admitted, loading, canary_pending, routable])
+def test_there_is_nothing_to_release_elsewhere(make: type[Machine]) -> None:
+    with pytest.raises(lc.IllegalEvent):
+        make()(lc.Released())
+
+
+def test_the_override_puts_a_quarantined_model_on_probation() -> None:
+    machine = quarantined()
+    account = machine.state.account
+    machine(lc.LoadAccepted(account, probation=True))
+    assert machine.state.readiness is Readiness.ADMITTED
+    assert machine.commands[-1] == lc.SpawnWorker(4)
+    machine(lc.WorkerSpawned(4), lc.WorkerLoaded(4))
+    assert machine.commands == [lc.RunCanary(4, strict=True)]
+    machine(lc.CanaryPassed(4))
+    assert lc.on_probation(machine.state, POLICY, machine.now)
+    machine(exited(4))
+    assert machine.state.readiness is Readiness.QUARANTINED
+    assert machine.state.account.quarantines == 2
+
+
+def test_probation_ends_after_a_window_in_health() -> None:
+    machine = quarantined()
+    machine(lc.LoadAccepted(machine.state.account, probation=True))
+    machine(lc.WorkerSpawned(4), lc.WorkerLoaded(4), lc.CanaryPassed(4))
+    machine.now += 600
+    assert not lc.on_probation(machine.state, POLICY, machine.now)
+    assert machine(exited(4)).state.readiness is Readiness.LOADING
+
+
+def test_a_quarantine_is_restored_at_the_first_load_after_a_restart() -> None:
+    account = replace(Account(), quarantined=True)
+    machine = Machine()(lc.LoadAccepted(account))
+    assert machine.state.readiness is Readiness.QUARANTINED
+    assert lc.SpawnWorker not in machine.kinds()
+
+
+def test_a_restored_quarantine_can_be_overridden() -> None:
+    account = replace(Account(), quarantined=True)
+    machine = Machine()(lc.LoadAccepted(account, probation=True))
+    assert machine.state.readiness is Readiness.ADMITTED
+    assert machine.state.probation
+
+
+@pytest.mark.parametrize(
+    "event", [lc.WorkerSpawned(1), lc.CanaryPassed(1), lc.UnloadRequested(), lc.Released()]
+)
+def test_an_untracked_model_takes_loads_only(event: Event) -> None:
+    with pytest.raises(lc.IllegalEvent):
+        transition(None, event, POLICY, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "event"),
+    [
+        (admitted, lc.WorkerLoaded(1)),
+        (admitted, lc.CanaryPassed(1)),
+        (loading, lc.CanaryPassed(1)),
+        (routable, lc.WorkerLoaded(1)),
+        (routable, lc.LoadRefused(1, ErrorCode.MODEL_INCOMPLETE, "late")),
+        (routable, ACCEPT),
+        (routable, lc.WorkerLoaded(2)),
+    ],
+)
+def test_an_illegal_event_raises_and_changes_nothing(make: type[Machine], event: Event) -> None:
+    machine = make()
+    before = machine.state
+    with pytest.raises(lc.IllegalEvent):
+        machine(event)
+    assert machine.state == before
+
+
+def test_events_of_an_earlier_generation_change_nothing() -> None:
+    machine = routable()(exited(1), lc.RestartDue(1), lc.WorkerSpawned(2))
+    before = machine.state
+    for event in (
+        lc.WorkerLoaded(1),
+        lc.CanaryPassed(1),
+        exited(1),
+        lc.WorkerFailed(1, FailureKind.HANG, "late"),
+        lc.RestartDue(1),
+    ):
+        machine(event)
+        assert (machine.state, machine.commands) == (before, [])

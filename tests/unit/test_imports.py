@@ -1,0 +1,124 @@
+"""The rooms of the design: who may import whom, and what the pure ones must not touch."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("protocol", "worker", "supervisor")
+MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+#: Third-party packages that only these modules (or folders) may import.
+ONLY_IN = {
+    "zmq": {"worker/transport.py", "worker/session.py", "supervisor/channel.py"},
+    "starlette": {"supervisor/gateway/"},
+    "uvicorn": {"supervisor/gateway/"},
+    "mlx": {"worker/backends/"},
+    "mlx_lm": {"worker/backends/"},
+    "llama_cpp": {"worker/backends/"},
+    "transformers": {"worker/backends/"},
+    "numpy": {"worker/backends/"},
+    "jinja2": {"worker/chat/"},
+}
+#: They hold the context that sockets are made from, but make none.
+ONLY_IN["zmq"] |= {"supervisor/generation.py", "supervisor/actor.py", "supervisor/fleet.py"}
+
+PURE = ("lifecycle", "quarantine", "admission", "watchdog")
+IMPURE_MODULES = {"asyncio", "zmq", "os", "time", "random", "threading", "subprocess", "pathlib"}
+
+#: Inside the supervisor: a module may import those of lower levels (and, within
+#: the gateway, each other). Modules without a level import nothing of ours but
+#: protocol, settings and views.
+LEAVES_MAY_IMPORT = {
+    "lifecycle": {"quarantine"},
+    "registry": {"jsonfile"},
+    "accounts": {"jsonfile", "quarantine"},
+    "blocklist": {"admission"},
+    "process": {"quarantine"},
+    "modelfiles": {"gguf"},
+    "canary": {"stream"},
+    "requests": {"stream"},
+}
+EVERYONE_MAY_IMPORT = {"settings", "views"}
+NOT_LEAVES = {"generation", "actor", "fleet", "main", "cli", "client", "config", "chat_session"}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a module imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def top_level(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_rooms_do_not_reach_into_each_other(path: Path) -> None:
+    room = name_of(path).split("/")[0]
+    allowed = {"protocol": {"protocol"}}.get(room, {room, "protocol"})
+    assert top_level(path) & {*ROOMS, "tests", "scripts"} <= allowed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "protocol").rglob("*.py")), ids=name_of)
+def test_protocol_needs_msgspec_only(path: Path) -> None:
+    assert top_level(path) <= {*sys.stdlib_module_names, "msgspec", "protocol"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_libraries_stay_in_their_room(path: Path) -> None:
+    name = name_of(path)
+    for library, places in ONLY_IN.items():
+        if library in top_level(path):
+            assert any(name == place or name.startswith(place) for place in places), library
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_touch_no_clock_and_no_system(name: str) -> None:
+    assert not top_level(ROOT / "supervisor" / f"{name}.py") & IMPURE_MODULES
+
+
+def supervisor_imports(path: Path) -> set[str]:
+    """Our own supervisor modules that a module imports, by their first name."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("supervisor.")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "supervisor").glob("*.py")), ids=name_of)
+def test_leaves_do_not_import_each_other(path: Path) -> None:
+    if path.stem not in NOT_LEAVES:
+        allowed = LEAVES_MAY_IMPORT.get(path.stem, set()) | EVERYONE_MAY_IMPORT
+        assert supervisor_imports(path) <= allowed
+
+
+def test_nothing_below_imports_what_is_above() -> None:
+    order = ["generation", "actor", "fleet", "gateway", "main", "cli"]
+    for level, name in enumerate(order):
+        files = [ROOT / "supervisor" / f"{name}.py"]
+        if name == "gateway":
+            files = list((ROOT / "supervisor" / "gateway").rglob("*.py"))
+        for path in files:
+            assert not supervisor_imports(path) & set(order[level + 1 :]), path
+
+
+def test_no_cycles() -> None:
+    graph = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in MODULES
+    }
+    edges = {name: imports(path) & graph.keys() - {name} for name, path in graph.items()}
+    while leaves := [name for name, targets in edges.items() if not targets]:
+        edges = {n: t - set(leaves) for n, t in edges.items() if n not in leaves}
+    assert not edges
