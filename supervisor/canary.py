@@ -123,12 +123,13 @@ def check_answer(text: str, finish: FinishReason | None, sampled: int, max_token
         )
     if not any(char.isprintable() and not char.isspace() and char != "\ufffd" for char in text):
         raise CanaryFailed(f"answered without one readable character: {text[:80]!r}")
-    if max_tokens >= TOKENS and is_degenerate(text):
+    if max_tokens >= TOKENS and is_degenerate(text, max_tokens):
         raise CanaryFailed(f"repeats itself without end: {text[:80]!r}")
 
 
-def is_degenerate(text: str) -> bool:
-    """Whether the text is one short unit over and over, as broken weights give it."""
+def is_degenerate(text: str, tokens: int) -> bool:
+    """Whether a text of so many tokens is one token, over and over, as broken weights give it."""
     text = text.strip()
-    longest_unit = len(text) // TOKENS
+    # Stripping took less than one unit, so there are at least ``tokens - 1`` whole ones.
+    longest_unit = len(text) // (tokens - 1)
     return any(text[unit:] == text[:-unit] for unit in range(1, longest_unit + 1))

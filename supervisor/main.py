@@ -62,5 +62,6 @@ def run(settings: Settings) -> None:
         settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
 
         metrics = Metrics()
-        fleet = Fleet(settings, metrics, load_blocklist(settings.home), on_autoload=partial(announce, settings))
+        blocklist = load_blocklist(settings.home)
+        fleet = Fleet(settings, metrics, blocklist, on_autoload=partial(announce, settings))
         server.run(fleet, settings, metrics, listener)

@@ -55,7 +55,7 @@ def find(model_id: str, models_dir: Path) -> Path:
     """
     if Path(model_id).is_absolute():
         candidates = [Path(model_id)]
-    elif ".." in Path(model_id).parts:
+    elif not model_id or ".." in Path(model_id).parts:
         candidates = []
     else:
         repo, _, stem = model_id.partition(":")

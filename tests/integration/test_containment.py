@@ -1,0 +1,284 @@
+"""Workers die in every way; nothing else does, and nobody waits for ever."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import (
+    Server,
+    await_gone,
+    polls,
+    serve,
+    text_of,
+    write_script,
+)
+
+#: Counts on, so that a lost or doubled token is seen.
+COUNTING = [f"{n} " for n in range(200)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def server(home: Path, models_dir: Path) -> Iterator[Server]:
+    with serve(
+        home,
+        *("--models-dir", str(models_dir)),
+        OPTA_LMX_DECODE_STALL_S="2",
+        OPTA_LMX_LOAD_TIMEOUT_S="3",
+        OPTA_LMX_CANARY_TIMEOUT_S="3",
+        OPTA_LMX_BEAT_INTERVAL_S="0.2",
+    ) as running:
+        yield running
+
+
+def test_a_killed_worker_leaves_the_other_stream_alone(server: Server, models_dir: Path) -> None:
+    write_script(models_dir, "steady", tokens=COUNTING, step_delay_s=0.01)
+    write_script(models_dir, "victim", tokens=COUNTING, repeat=True, step_delay_s=0.01)
+    for name in ("steady", "victim"):
+        assert server.load(name).status_code == 200
+    steady: list[str] = []
+    reader = threading.Thread(target=lambda: steady.extend(server.stream("steady")))
+    reader.start()
+    stream = server.stream("victim")
+    payloads = [next(stream) for _ in range(10)]
+    server.kill_worker("victim")
+    payloads += stream
+
+    error = json.loads(payloads[-1])
+    assert error["error"]["code"] == "model_crashed"
+    assert "SIGKILL" in error["error"]["message"]
+    assert "[DONE]" not in payloads
+    assert not any('"finish_reason":"' in payload for payload in payloads)
+
+    reader.join(30)
+    assert text_of(steady) == "".join(COUNTING)
+    assert steady[-1] == "[DONE]"
+
+    view = server.await_state("victim", "routable", generation=2)
+    assert view["readiness"]["crash_count"] == 1
+    answer = server.chat("victim", max_tokens=3)
+    assert answer.json()["choices"][0]["message"]["content"] == "0 1 2 "
+
+
+def test_a_request_that_nobody_saw_anything_of_runs_again(
+    server: Server, models_dir: Path
+) -> None:
+    write_script(
+        models_dir,
+        "once",
+        tokens=["all ", "of ", "it"],
+        faults=[{"at": "token", "n": 1, "kind": "kill", "prompt_contains": "die", "times": 1}],
+    )
+    server.load("once")
+    answer = server.chat("once", "die once")
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["message"]["content"] == "all of it"
+    assert server.model("once")["generation"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("segfault", "SIGSEGV"),
+        ("abort", "SIGABRT"),
+        ("exit", "exited with status 1"),
+        ("raise", "simulated backend exception"),
+        ("hang", "no progress in decode"),
+    ],
+)
+def test_a_request_that_kills_every_time_ends_in_an_error(
+    server: Server, models_dir: Path, kind: str, said: str
+) -> None:
+    name = f"poisoned-{kind}"
+    write_script(
+        models_dir,
+        name,
+        faults=[{"at": "token", "n": 1, "kind": kind, "prompt_contains": "poison"}],
+    )
+    server.load(name)
+    answer = server.chat(name, "poison")
+    assert answer.status_code == 503
+    error = answer.json()["error"]
+    assert error["code"] == "model_crashed"
+    assert said in error["message"]
+    view = server.await_state(name, "routable", generation=3)
+    assert view["readiness"]["crash_count"] == 2
+    assert server.chat(name, "harmless").status_code == 200
+
+
+def test_the_third_failure_quarantines(server: Server, models_dir: Path) -> None:
+    write_script(models_dir, "fragile", tokens=COUNTING)
+    server.load("fragile")
+    for generation in (1, 2, 3):
+        server.await_state("fragile", "routable", generation=generation)
+        server.kill_worker("fragile")
+    view = server.await_state("fragile", "quarantined")
+    assert view["readiness"]["crash_count"] == 3
+    assert view["pid"] is None
+    refused = server.chat("fragile")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_unstable")
+    again = server.load("fragile")
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "model_unstable")
+
+    # Unloading is no way out of a quarantine; releasing is.
+    server.http.post("/admin/models/unload", json={"model_id": "fragile"})
+    assert server.model("fragile")["readiness"]["state"] == "quarantined"
+    assert server.http.post("/admin/models/fragile/release").status_code == 200
+    assert server.http.get("/admin/models/fragile").status_code == 404
+    assert server.load("fragile").status_code == 200
+
+
+def test_probation_is_strict(server: Server, models_dir: Path) -> None:
+    write_script(models_dir, "suspect", tokens=COUNTING, step_delay_s=0.01)
+    server.load("suspect")
+    for generation in (1, 2, 3):
+        server.await_state("suspect", "routable", generation=generation)
+        server.kill_worker("suspect")
+    server.await_state("suspect", "quarantined")
+    loaded = server.load("suspect", allow_unsupported_runtime=True)
+    assert loaded.status_code == 200
+    assert loaded.json()["readiness"]["probation"] is True
+    stream = server.stream("suspect")
+    next(stream)
+    assert server.chat("suspect").status_code == 429
+    server.kill_worker("suspect")
+    assert "model_unstable" in list(stream)[-1]
+    server.await_state("suspect", "quarantined")
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ({"tokens": ["!"]}, "model_canary_failed", "repeats itself"),
+        ({"tokens": [""]}, "model_canary_failed", "readable"),
+        (
+            {"faults": [{"at": "token", "n": 3, "kind": "segfault"}]},
+            "model_canary_failed",
+            "SIGSEGV",
+        ),
+        ({"step_delay_s": 5.0}, "model_canary_failed", "within 3 s"),
+        ({"faults": [{"at": "load", "kind": "segfault"}]}, "model_loader_crashed", "SIGSEGV"),
+        ({"faults": [{"at": "load", "kind": "exit", "status": 0}]}, "model_loader_crashed", "0"),
+        ({"faults": [{"at": "load", "kind": "raise"}]}, "model_loader_crashed", "exception"),
+        ({"faults": [{"at": "load", "kind": "hang"}]}, "model_load_timeout", "within 3 s"),
+        (
+            {"faults": [{"at": "load", "kind": "refuse", "code": "model_unsupported_arch"}]},
+            "model_unsupported_arch",
+            "refusal",
+        ),
+    ],
+)
+def test_a_load_that_fails_is_answered_with_how_it_ended(
+    server: Server,
+    models_dir: Path,
+    script: dict[str, object],
+    code: str,
+    said: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    name = f"bad-{request.node.callspec.id}"
+    write_script(models_dir, name, **script)
+    answer = server.load(name)
+    error = answer.json()["error"]
+    assert error["code"] == code
+    assert answer.status_code == (422 if code == "model_unsupported_arch" else 409)
+    assert said in error["message"]
+    assert server.chat(name).status_code in {404, 409}
+
+    records = server.http.get(
+        "/admin/models/compatibility", params={"model": name, "outcome": "fail"}
+    ).json()["records"]
+    assert records[-1]["metadata"]["code"] == code
+    if code == "model_unsupported_arch":
+        for _ in polls():
+            if server.http.get(f"/admin/models/{name}").status_code == 404:
+                break
+        assert len(records) == 1
+    else:
+        # Deterministic failures end in quarantine, by themselves.
+        server.await_state(name, "quarantined")
+    server.http.post("/admin/models/unload", json={"model_id": name})
+
+
+def test_a_client_that_goes_away_frees_the_slot(server: Server, models_dir: Path) -> None:
+    write_script(models_dir, "busy", tokens=COUNTING, repeat=True, step_delay_s=0.01)
+    server.load("busy")
+    stream = server.stream("busy")
+    next(stream)
+    assert server.model("busy")["in_flight"] == 1
+    stream.close()  # type: ignore[attr-defined]
+    for _ in polls(5):
+        if server.model("busy")["in_flight"] == 0:
+            break
+    assert server.chat("busy", max_tokens=2).json()["choices"][0]["message"]["content"] == "0 1 "
+
+
+def test_an_unload_answers_the_requests_that_run(server: Server, models_dir: Path) -> None:
+    write_script(models_dir, "leaving", tokens=COUNTING, repeat=True, step_delay_s=0.01)
+    server.load("leaving")
+    pid = server.model("leaving")["pid"]
+    stream = server.stream("leaving")
+    next(stream)
+    unloaded = server.http.post("/admin/models/unload", json={"model_id": "leaving"})
+    assert unloaded.status_code == 200
+    assert "model_unloaded" in list(stream)[-1]
+    await_gone([pid])
+    assert server.http.get("/admin/models/leaving").status_code == 404
+
+
+def test_a_quarantine_survives_the_supervisor(tmp_path: Path) -> None:
+    model = write_script(tmp_path, "crasher", faults=[{"at": "load", "kind": "abort"}])
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as first:
+        first.load("crasher")
+        first.await_state("crasher", "quarantined")
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as second:
+        answer = second.load("crasher")
+        assert answer.json()["error"]["code"] == "model_unstable"
+        assert second.model("crasher")["readiness"]["crash_count"] == 3
+        # A repaired file is another key.
+        model.write_text("{}")
+        second.http.post("/admin/models/crasher/release")
+        assert second.load("crasher").status_code == 200
+
+
+@pytest.mark.parametrize("phase", ["serving", "loading"])
+def test_no_worker_outlives_a_killed_supervisor(tmp_path: Path, phase: str) -> None:
+    write_script(tmp_path, "quick", step_delay_s=0.01, repeat=True)
+    write_script(tmp_path, "stuck", faults=[{"at": "load", "kind": "hang"}])
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as server:
+        if phase == "serving":
+            server.load("quick")
+            server.load("quick")
+        else:
+            server.load("stuck", wait=False)
+            server.await_state("stuck", "loading")
+        pids = [worker.pid for worker in server.workers()]
+        assert pids
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(10)
+        await_gone(pids)
+
+
+def test_two_supervisors_on_one_home(tmp_path: Path) -> None:
+    with serve(tmp_path / "home") as first:
+        from tests.support.server import start
+
+        second = start(tmp_path / "home")
+        output, _ = second.communicate(timeout=30)
+        assert second.returncode == 1
+        assert f"pid {first.process.pid}" in output
+        assert first.http.get("/healthz").status_code == 200

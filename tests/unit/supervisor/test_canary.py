@@ -1,0 +1,101 @@
+"""What an answer of a working model looks like, and what the canary asks for."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Delta, FinishReason, Generate
+from supervisor.canary import TOKENS, CanaryFailed, check_answer, is_degenerate, run_canary
+from supervisor.stream import RequestStream
+
+Answer = Callable[[Generate, RequestStream], None]
+
+
+def say(*tokens: str) -> Answer:
+    """Answers every request with these tokens, over and over, up to its limit."""
+
+    def answer(request: Generate, stream: RequestStream) -> None:
+        assert request.max_tokens is not None
+        for n in range(request.max_tokens):
+            last = n + 1 == request.max_tokens
+            finish = FinishReason.LENGTH if last else None
+            stream.push(Delta(1, tokens[n % len(tokens)], [n], finish))
+
+    return answer
+
+
+async def run(answer: Answer, *, strict: bool = False) -> tuple[list[Generate], object]:
+    asked: list[Generate] = []
+
+    def submit(request: Generate) -> RequestStream:
+        asked.append(request)
+        stream = RequestStream(max_buffer_bytes=None, on_close=lambda: None)
+        stream.accept(7)
+        answer(request, stream)
+        return stream
+
+    report = await run_canary(submit, has_chat_template=True, context_length=4096, strict=strict)
+    return asked, report
+
+
+async def test_a_working_model_passes() -> None:
+    asked, _ = await run(say("one ", "two ", "three "))
+    assert len(asked) == 3
+    assert all(request.validate_logits and request.ignore_eos for request in asked)
+    assert asked[0].sampling.temperature == 0
+
+
+async def test_the_digest_tells_outputs_apart() -> None:
+    digests = {
+        (await run(say(*words)))[1].output_digest
+        for words in (("a ", "b "), ("a ", "b "), ("a ", "c "))
+    }
+    assert len(digests) == 2
+
+
+async def test_probation_asks_for_more() -> None:
+    asked, _ = await run(say("one ", "two ", "three "), strict=True)
+    assert asked[0].max_tokens is not None
+    assert asked[0].max_tokens > TOKENS
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (say("!"), "repeats itself"),
+        (say("the "), "repeats itself"),
+        (say(""), "readable"),
+        (say("\ufffd"), "readable"),
+        (say("\n", " "), "readable"),
+        (lambda _, stream: stream.push(Delta(1, "Hi", [1], FinishReason.STOP)), "stop when told"),
+        (
+            lambda _, stream: stream.fail(CodedError(ErrorCode.MODEL_CRASHED, "died of it")),
+            "died of it",
+        ),
+    ],
+)
+async def test_a_broken_model_fails(answer: Answer, why: str) -> None:
+    with pytest.raises(CanaryFailed, match=why):
+        await run(answer)
+
+
+async def test_a_model_that_never_answers_is_ended_by_the_callers_deadline() -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await run(lambda request, stream: None)
+
+
+@given(st.text("ab \n", min_size=1, max_size=3).filter(str.strip), st.integers(TOKENS, 40))
+def test_any_short_unit_over_and_over_is_degenerate(unit: str, times: int) -> None:
+    assert is_degenerate(unit * times, times)
+
+
+def test_ordinary_answers_are_not_degenerate() -> None:
+    assert not is_degenerate("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13", TOKENS)
+    assert not is_degenerate("aaaa", TOKENS)
+    assert not is_degenerate("one two " * TOKENS, 2 * TOKENS)
+    check_answer("Sure! One, two, three", FinishReason.LENGTH, 16, 16)

@@ -1,0 +1,148 @@
+"""Requests over the death of their worker: run again unseen, or end in a typed error."""
+
+import pytest
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import (
+    Accepted,
+    Cancel,
+    Delta,
+    FinishReason,
+    Generate,
+    Rejected,
+    ToWorker,
+)
+from supervisor.requests import RequestTable
+from supervisor.stream import RequestStream
+
+CRASHED = CodedError(ErrorCode.MODEL_CRASHED, "killed by SIGSEGV")
+
+
+class Worker:
+    """Keeps what it is sent."""
+
+    def __init__(self, *, reads: bool = True) -> None:
+        self.sent: list[ToWorker] = []
+        self.reads = reads
+
+    def __call__(self, message: ToWorker) -> bool:
+        if self.reads:
+            self.sent.append(message)
+        return self.reads
+
+    def request_id(self, index: int = -1) -> int:
+        message = self.sent[index]
+        assert isinstance(message, Generate)
+        return message.request_id
+
+
+@pytest.fixture
+def table() -> RequestTable:
+    return RequestTable(max_stream_buffer_bytes=1000)
+
+
+def open_on(table: RequestTable, worker: Worker, **options: bool) -> RequestStream:
+    table.connect(worker)
+    return table.open(Generate(0, prompt="x"), **{"streaming": True, **options})
+
+
+def text_delta(worker: Worker, text: str, finish: FinishReason | None = None) -> Delta:
+    return Delta(worker.request_id(), text, [1], finish)
+
+
+async def test_deltas_find_their_stream(table: RequestTable) -> None:
+    worker = Worker()
+    first, second = open_on(table, worker), open_on(table, worker)
+    table.deliver(
+        [Delta(worker.request_id(0), "one", [1]), Delta(worker.request_id(1), "two", [1])]
+    )
+    assert (await first.next()).text == "one"
+    assert (await second.next()).text == "two"
+
+
+async def test_a_finished_request_is_forgotten(table: RequestTable) -> None:
+    worker = Worker()
+    open_on(table, worker)
+    table.deliver([text_delta(worker, "end", FinishReason.STOP)])
+    assert len(table) == 0
+
+
+async def test_a_refusal_of_the_worker_reaches_the_client(table: RequestTable) -> None:
+    worker = Worker()
+    stream = open_on(table, worker)
+    table.reject(
+        Rejected(worker.request_id(), ErrorCode.CONTEXT_LENGTH_EXCEEDED, "long", "messages")
+    )
+    with pytest.raises(CodedError) as error:
+        await stream.accepted()
+    assert (error.value.code, error.value.param) == (
+        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+        "messages",
+    )
+    assert len(table) == 0
+
+
+async def test_letting_go_cancels_at_the_worker_and_drops_late_deltas(
+    table: RequestTable,
+) -> None:
+    worker = Worker()
+    stream = open_on(table, worker)
+    request_id = worker.request_id()
+    stream.close()
+    assert worker.sent[-1] == Cancel(request_id)
+    table.deliver(
+        [Delta(request_id, "late", [1]), Delta(request_id, "", [], FinishReason.CANCELLED)]
+    )
+    assert len(table) == 0
+
+
+async def test_what_nobody_saw_runs_again_and_what_was_seen_fails(table: RequestTable) -> None:
+    first = Worker()
+    seen = open_on(table, first)
+    table.deliver([text_delta(first, "seen")])
+    await seen.next()
+    unseen = open_on(table, first)
+    table.deliver([text_delta(first, "buffered only")])
+    table.disconnect()
+    table.park(CRASHED)
+    with pytest.raises(CodedError, match="SIGSEGV"):
+        await seen.next()
+    second = Worker()
+    table.connect(second)
+    table.resume()
+    table.accept(Accepted(second.request_id(), 3))
+    table.deliver([text_delta(second, "whole", FinishReason.STOP)])
+    assert (await unseen.next()).text == "whole"
+
+
+async def test_a_request_is_not_run_a_third_time(table: RequestTable) -> None:
+    stream = open_on(table, Worker())
+    table.park(CRASHED)
+    table.connect(Worker())
+    table.resume()
+    table.park(CRASHED)
+    with pytest.raises(CodedError, match="SIGSEGV"):
+        await stream.next()
+
+
+async def test_a_canary_is_not_run_again(table: RequestTable) -> None:
+    stream = open_on(table, Worker(), is_canary=True)
+    table.park(CRASHED)
+    with pytest.raises(CodedError):
+        await stream.next()
+
+
+async def test_a_worker_that_does_not_read_refuses_new_requests(table: RequestTable) -> None:
+    with pytest.raises(CodedError) as error:
+        open_on(table, Worker(reads=False))
+    assert error.value.code is ErrorCode.RATE_LIMIT_EXCEEDED
+    assert len(table) == 0
+
+
+async def test_everyone_is_answered_when_nothing_will_serve_them(table: RequestTable) -> None:
+    streams = [open_on(table, Worker()) for _ in range(3)]
+    table.fail_all(CodedError(ErrorCode.MODEL_UNLOADED, "unloaded"))
+    for stream in streams:
+        with pytest.raises(CodedError, match="unloaded"):
+            await stream.accepted()
+    assert len(table) == 0

@@ -1,0 +1,124 @@
+"""One request's answer on its way: order, coalescing, bounds, ends."""
+
+import asyncio
+
+import pytest
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Delta, FinishReason
+from supervisor.stream import Chunk, RequestStream
+
+
+class Closed:
+    """Counts how often the owner was told to cancel."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> None:
+        self.times += 1
+
+
+def stream(closed: Closed | None = None, bound: int | None = None) -> RequestStream:
+    return RequestStream(max_buffer_bytes=bound, on_close=closed or Closed())
+
+
+def delta(text: str, finish: FinishReason | None = None) -> Delta:
+    return Delta(1, text, [0], finish)
+
+
+async def test_text_arrives_in_order_and_in_one_piece_when_the_reader_is_behind() -> None:
+    answer = stream()
+    answer.push(delta("a"))
+    answer.push(delta("b"))
+    assert await answer.next() == Chunk("ab", None)
+    answer.push(delta("c", FinishReason.STOP))
+    assert await answer.next() == Chunk("c", FinishReason.STOP)
+    assert answer.completion_tokens == 3
+
+
+async def test_the_reader_sleeps_until_there_is_text() -> None:
+    answer = stream()
+    reading = asyncio.ensure_future(answer.next())
+    answer.push(delta(""))
+    await asyncio.sleep(0)
+    assert not reading.done()
+    answer.push(delta("x"))
+    assert await reading == Chunk("x", None)
+
+
+async def test_acceptance_comes_before_any_text() -> None:
+    answer = stream()
+    accepting = asyncio.ensure_future(answer.accepted())
+    await asyncio.sleep(0)
+    answer.accept(12)
+    assert await accepting == 12
+
+
+async def test_a_refusal_reaches_whoever_waits() -> None:
+    answer = stream()
+    accepting = asyncio.ensure_future(answer.accepted())
+    await asyncio.sleep(0)
+    answer.fail(CodedError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, "too long"))
+    with pytest.raises(CodedError, match="too long"):
+        await accepting
+
+
+async def test_text_before_an_error_is_delivered_first() -> None:
+    answer = stream()
+    answer.push(delta("half"))
+    answer.fail(CodedError(ErrorCode.MODEL_CRASHED, "died"))
+    assert await answer.next() == Chunk("half", None)
+    with pytest.raises(CodedError, match="died"):
+        await answer.next()
+
+
+async def test_a_slow_reader_loses_its_request_at_the_bound() -> None:
+    closed = Closed()
+    answer = stream(closed, bound=10)
+    for _ in range(20):
+        answer.push(delta("12345"))
+    assert closed.times == 1
+    assert (await answer.next()).text == "123451234512345"
+    with pytest.raises(CodedError) as error:
+        await answer.next()
+    assert error.value.code is ErrorCode.STREAM_OVERFLOW
+
+
+async def test_collect_waits_for_the_whole_and_delivers_nothing_before() -> None:
+    answer = stream()
+    collecting = asyncio.ensure_future(answer.collect())
+    answer.push(delta("a"))
+    await asyncio.sleep(0)
+    assert not answer.delivered
+    answer.push(delta("b", FinishReason.LENGTH))
+    assert await collecting == Chunk("ab", FinishReason.LENGTH)
+
+
+async def test_a_restart_forgets_the_first_run() -> None:
+    answer = stream()
+    answer.push(delta("first run"))
+    answer.restart()
+    answer.push(delta("second", FinishReason.STOP))
+    assert await answer.next() == Chunk("second", FinishReason.STOP)
+    assert answer.completion_tokens == 1
+
+
+async def test_letting_go_cancels_once_and_only_what_runs() -> None:
+    closed = Closed()
+    running = stream(closed)
+    running.close()
+    running.close()
+    assert closed.times == 1
+    ended = stream(closed)
+    ended.push(delta("", FinishReason.STOP))
+    ended.close()
+    assert closed.times == 1
+
+
+async def test_nothing_follows_the_end() -> None:
+    answer = stream()
+    answer.push(delta("a", FinishReason.STOP))
+    answer.push(delta("b"))
+    answer.fail(CodedError(ErrorCode.MODEL_CRASHED, "late"))
+    assert await answer.next() == Chunk("a", FinishReason.STOP)

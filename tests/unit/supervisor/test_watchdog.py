@@ -1,0 +1,55 @@
+"""Hung is: no progress past the phase's limit. Slow is not hung."""
+
+from protocol.messages import Beat, Phase
+from supervisor.watchdog import Watchdog
+
+LIMITS = {Phase.IDLE: 30.0, Phase.PREFILL: 120.0, Phase.DECODE: 60.0}
+
+
+def test_a_worker_that_advances_is_never_hung() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    for step in range(100):
+        watchdog.observe(Beat(Phase.DECODE, step, 1), step * 59.0)
+        assert watchdog.verdict(step * 59.0 + 58.0) is None
+
+
+def test_frozen_progress_is_hung_though_it_beats() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    for second in range(60):
+        watchdog.observe(Beat(Phase.DECODE, 5, 1), float(second))
+        assert watchdog.verdict(float(second)) is None
+    assert "no progress in decode for 60 s" in (watchdog.verdict(60.0) or "")
+
+
+def test_each_phase_has_its_limit() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    watchdog.observe(Beat(Phase.PREFILL, 5, 1), 0.0)
+    assert watchdog.verdict(119.0) is None
+    assert watchdog.verdict(120.0) is not None
+
+
+def test_an_idle_worker_only_has_to_beat() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    for second in range(0, 1000, 20):
+        watchdog.observe(Beat(Phase.IDLE, 5, 0), float(second))
+        assert watchdog.verdict(second + 19.0) is None
+    assert "no sign of life" in (watchdog.verdict(2000.0) or "")
+
+
+def test_beats_that_stop_during_work_are_frozen_progress() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    watchdog.observe(Beat(Phase.DECODE, 5, 1), 0.0)
+    assert watchdog.verdict(61.0) is not None
+
+
+def test_a_phase_without_a_limit_is_left_to_its_own_deadline() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    watchdog.observe(Beat(Phase.LOAD, 1, 0), 0.0)
+    assert watchdog.verdict(1e6) is None
+
+
+def test_a_watcher_that_slept_starts_anew() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    watchdog.observe(Beat(Phase.DECODE, 5, 1), 0.0)
+    watchdog.forgive(1000.0)
+    assert watchdog.verdict(1001.0) is None
