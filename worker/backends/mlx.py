@@ -1,0 +1,206 @@
+"""Model directories on MLX, through mlx-lm's batch generator.
+
+The generator works one step ahead: the tokens a step returns were sampled by
+the previous one, while the GPU already computes the next. All calls must come
+from the thread that loaded the model, as MLX keeps streams per thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Sequence
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import _get_classes, load_model
+
+from protocol.errors import ErrorCode
+from protocol.messages import ChatMessage, Load, Loaded
+from worker.backends.base import (
+    Detokenizer,
+    LoadRefused,
+    ReportProgress,
+    SequenceSpec,
+    StepToken,
+)
+from worker.backends.mlx_files import check_model_directory, trained_context_length, vocab_size
+from worker.backends.mlx_sampling import create_logits_processors, create_sampler
+from worker.backends.mlx_tokenizer import Tokenizer
+
+#: Bound of the context length when the request names none, in tokens.
+DEFAULT_CONTEXT_LENGTH = 8192
+#: Prompt tokens of one sequence in one step.
+PREFILL_CHUNK = 512
+#: Prompts that are prefilled together.
+PREFILL_SEQUENCES = 4
+
+
+class MlxBackend:
+    """The ``mlx`` backend. See ``worker.backends.base.Backend`` for the contract."""
+
+    name = "mlx"
+    #: mlx-lm and the array library decide together how a model behaves.
+    version = f"{package_version('mlx-lm')}+mlx{package_version('mlx')}"
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._generator: Any = None
+        self._sequence_ids: dict[int, int] = {}  # by the generator's uid
+
+    def load(self, options: Load, report: ReportProgress) -> Loaded:
+        if not mx.metal.is_available():
+            # Compiling kernels for the CPU takes a C++ compiler at run time and
+            # makes nothing faster.
+            mx.disable_compile()
+        path = Path(options.path)
+        config = check_model_directory(path)
+        self._context_length = _context_length(config, options.context_length)
+        try:
+            model, config = load_model(path, lazy=True, get_model_classes=_model_classes)
+            self._vocab_size = vocab_size(config) or _embedding_rows(model)
+            self._tokenizer = Tokenizer(path, self._vocab_size, config.get("eos_token_id"))
+            _check_batching(model, config)
+            weights_bytes = _read_weights(model, report)
+        except LoadRefused:
+            raise
+        except Exception as error:
+            raise _refusal(path, error) from error
+        self._model = model
+        self._generator = BatchGenerator(
+            model,
+            stop_tokens=[[token] for token in sorted(self._tokenizer.end_tokens)],
+            completion_batch_size=options.max_sequences,
+            prefill_batch_size=min(options.max_sequences, PREFILL_SEQUENCES),
+            prefill_step_size=PREFILL_CHUNK,
+        )
+        return Loaded(
+            architecture=config["model_type"],
+            context_length=self._context_length,
+            max_sequences=options.max_sequences,
+            vocab_size=self._vocab_size,
+            has_chat_template=self._tokenizer.has_chat_template,
+            weights_bytes=weights_bytes,
+        )
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        return self._tokenizer.encode_chat(messages)
+
+    def encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode_text(text)
+
+    def new_detokenizer(self) -> Detokenizer:
+        return self._tokenizer.new_detokenizer()
+
+    def admit(self, spec: SequenceSpec) -> None:
+        end_tokens = self._tokenizer.end_tokens
+        (uid,) = self._generator.insert(
+            [list(spec.prompt)],
+            max_tokens=[spec.max_tokens],
+            samplers=[create_sampler(spec.sampling, self._vocab_size)],
+            logits_processors=[create_logits_processors(spec, end_tokens, self._context_length)],
+        )
+        self._sequence_ids[uid] = spec.sequence_id
+
+    def step(self) -> list[StepToken]:
+        if not self._sequence_ids:
+            return []
+        _, responses = self._generator.next()
+        end_tokens, sequence_ids = self._tokenizer.end_tokens, self._sequence_ids
+        tokens = []
+        for response in responses:
+            uid, token = response.uid, response.token
+            tokens.append(StepToken(sequence_ids[uid], token, token in end_tokens))
+            if response.finish_reason is not None:
+                del sequence_ids[uid]
+        return tokens
+
+    def cancel(self, sequence_id: int) -> None:
+        for uid, known in self._sequence_ids.items():
+            if known == sequence_id:
+                self._generator.remove([uid])
+                del self._sequence_ids[uid]
+                return
+
+    def close(self) -> None:
+        if self._generator is not None:
+            self._generator.close()
+        self._generator = None
+        self._model = None
+        self._sequence_ids.clear()
+        mx.synchronize()
+        # Streams still open at interpreter exit abort the process now and then;
+        # without its streams MLX is of no more use, so not before.
+        if hasattr(mx, "clear_streams"):
+            atexit.unregister(mx.clear_streams)
+            atexit.register(mx.clear_streams)
+
+
+def _model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """mlx-lm's classes for a config. Raises ``LoadRefused`` if it has none."""
+    try:
+        model, arguments = _get_classes(config)
+    except (ValueError, AttributeError) as error:
+        raise LoadRefused(
+            ErrorCode.MODEL_UNSUPPORTED_ARCH,
+            f"mlx-lm {package_version('mlx-lm')} does not know the architecture "
+            f"{config['model_type']!r}",
+        ) from error
+    return model, arguments
+
+
+def _context_length(config: dict[str, Any], requested: int | None) -> int:
+    trained = trained_context_length(config)
+    if requested is None:
+        return min(trained or DEFAULT_CONTEXT_LENGTH, DEFAULT_CONTEXT_LENGTH)
+    if requested < 1 or (trained is not None and requested > trained):
+        raise LoadRefused(
+            ErrorCode.INVALID_VALUE,
+            f"context_length {requested} is not between 1 and the {trained} tokens "
+            "the model was trained for",
+            param="context_length",
+        )
+    return requested
+
+
+def _embedding_rows(model: Any) -> int:
+    """The embedding's rows, for configs that leave ``vocab_size`` to the class's default."""
+    for module in model.modules():
+        if type(module).__name__ in ("Embedding", "QuantizedEmbedding"):
+            return int(module.weight.shape[0])
+    raise LoadRefused(ErrorCode.MODEL_UNSUPPORTED_ARCH, "the model has no token embedding")
+
+
+def _check_batching(model: Any, config: dict[str, Any]) -> None:
+    """Raise ``LoadRefused`` if the batch generator cannot merge the model's caches."""
+    for cache in make_prompt_cache(model):
+        if not hasattr(cache, "merge"):
+            raise LoadRefused(
+                ErrorCode.MODEL_UNSUPPORTED_ARCH,
+                f"mlx-lm cannot batch {config['model_type']!r}: its {type(cache).__name__} "
+                "does not merge",
+            )
+
+
+def _read_weights(model: Any, report: ReportProgress) -> int:
+    """Bring the lazily loaded weights into memory; return their size in bytes."""
+    parameters: list[Any] = [entry[1] for entry in tree_flatten(model.parameters())]
+    total: int = sum(array.nbytes for array in parameters)
+    done = 0
+    for array in parameters:
+        mx.eval(array)
+        done += array.nbytes
+        report(done / max(total, 1))
+    return total
+
+
+def _refusal(path: Path, error: Exception) -> LoadRefused:
+    reason = f"{path.name}: {type(error).__name__}: {error}"
+    # mlx.nn's words for weights that a checkpoint lacks or that do not fit its config.
+    if isinstance(error, ValueError) and str(error).startswith(("Missing ", "Expected shape ")):
+        return LoadRefused(ErrorCode.MODEL_INCOMPLETE, reason)
+    return LoadRefused(ErrorCode.MODEL_LOADER_CRASHED, reason)

@@ -1,0 +1,111 @@
+"""Chat templates: untrusted Jinja programs that come with a model's weights.
+
+They are written for the environment Hugging Face's transformers gives them, so
+this one offers the same: its whitespace settings, ``raise_exception``,
+``strftime_now``, ``tojson`` without HTML escapes, loop controls and the
+``generation`` tag.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from protocol.messages import ChatMessage
+from worker.backends.base import PromptRefused
+
+
+class BrokenTemplate(Exception):
+    """The source is not a Jinja template."""
+
+
+def message_fields(message: ChatMessage) -> dict[str, str]:
+    """A message as templates expect it: ``name`` is left out when there is none."""
+    fields = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        fields["name"] = message.name
+    return fields
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes <, > and & for HTML, which a model never saw.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}`` marks the assistant's text for training; here it only groups."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares an instance variable
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class ChatTemplate:
+    """One model's template, compiled.
+
+    Rendering runs in a sandbox: a hostile template can waste time and memory,
+    but reaches no Python internals. Raises ``BrokenTemplate`` on construction.
+    """
+
+    def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise BrokenTemplate(f"the model's chat template is broken: {error}") from error
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+
+    def render(self, messages: Sequence[ChatMessage]) -> str:
+        """The prompt up to where the assistant's answer begins.
+
+        Raises ``PromptRefused`` for whatever goes wrong inside the template,
+        which includes its own complaints about roles.
+        """
+        try:
+            return self._template.render(
+                messages=[message_fields(message) for message in messages],
+                add_generation_prompt=True,
+                **self._tokens,
+            )
+        except Exception as error:
+            raise PromptRefused(
+                f"the model's chat template cannot render these messages: {error}",
+                param="messages",
+            ) from error
