@@ -317,6 +317,7 @@ class Actor:
                 name=f"{self.spec.model_id} (generation {number})",
                 load=load,
                 backend=self.spec.backend,
+                backend_version=self.spec.backend_version,
                 settings=settings,
                 zmq_context=self._services.zmq_context,
                 socket_folder=self._services.socket_folder,

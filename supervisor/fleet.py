@@ -63,7 +63,6 @@ class Fleet:
         self._settings = settings
         self._on_autoload = on_autoload
         self._blocklist = blocklist
-        self._installed = installed_backends(simulated=settings.enable_simulated)
         self._registry = Registry(settings.home)
         self._accounts = AccountStore(settings.home)
         self._zmq_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -230,8 +229,11 @@ class Fleet:
             raise CodedError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
         requested = spec.backend or (known.backend if known is not None else None)
         files = await asyncio.to_thread(modelfiles.inspect, path)
-        backend = admission.choose_backend(files.format, requested, self._installed)
-        version = self._installed[backend]
+        installed = await asyncio.to_thread(
+            installed_backends, simulated=self._settings.enable_simulated
+        )
+        backend = admission.choose_backend(files.format, requested, installed)
+        version = installed[backend]
         assert version is not None
         rule = admission.find_block(self._blocklist, files.traits(model_id), backend, version)
         if rule is not None and not spec.allow_unsupported_runtime:

@@ -69,6 +69,7 @@ class Generation:
         name: str,
         load: Load,
         backend: str,
+        backend_version: str,
         settings: Settings,
         zmq_context: zmq.Context[zmq.Socket[bytes]],
         socket_folder: Path,
@@ -79,6 +80,7 @@ class Generation:
         self.model: Loaded | None = None
         self.load_fraction = 0.0
         self._load = load
+        self._backend_version = backend_version
         self._name = name
         self._settings = settings
         self._requests = requests
@@ -195,6 +197,14 @@ class Generation:
             return
         self._greeted = True
         self._deadline.cancel()
+        if hello.backend_version != self._backend_version:
+            # What this generation does would be remembered under the wrong version.
+            reason = (
+                f"backend {hello.backend!r} is now version {hello.backend_version}, "
+                f"the model was admitted for {self._backend_version}; load it again"
+            )
+            self._post(LoadRefused(self.number, ErrorCode.MODEL_UNSUPPORTED_BACKEND, reason))
+            return
         self._deadline = self._loop.call_later(
             self._settings.load_timeout_s, self._timed_out, "loaded", self._settings.load_timeout_s
         )

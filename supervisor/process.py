@@ -28,7 +28,8 @@ OUTPUT_TAIL_BYTES = 64 * 1024
 def _environment(boot: WorkerBoot) -> dict[str, str]:
     # Our own settings stay here: among them are the keys of the HTTP surface.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("OPTA_LMX_")}
-    return {**inherited, BOOT_ENV: encode_boot(boot)}
+    # A worker loads what is on disk; it never asks a hub.
+    return {**inherited, "HF_HUB_OFFLINE": "1", BOOT_ENV: encode_boot(boot)}
 
 
 class WorkerProcess:

@@ -61,6 +61,13 @@ class Server:
         view: dict[str, Any] = answer.json()
         return view
 
+    def await_tracked(self, model_id: str) -> None:
+        """Poll until the model is known, as one that is to be loaded at the start."""
+        for _ in polls():
+            if self.http.get(f"/admin/models/{model_id}").status_code == 200:
+                return
+        raise AssertionError(f"{model_id} is never tracked:\n{self.text}")
+
     def await_state(
         self, model_id: str, state: str, *, generation: int = 0, timeout_s: float = TIMEOUT_S
     ) -> dict[str, Any]:

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Delta, FinishReason, Generate
-from supervisor.canary import TOKENS, CanaryFailed, check_answer, is_degenerate, run_canary
+from supervisor.canary import (
+    TOKENS,
+    CanaryFailed,
+    CanaryReport,
+    check_answer,
+    is_degenerate,
+    run_canary,
+)
 from supervisor.stream import RequestStream
 
 Answer = Callable[[Generate, RequestStream], None]
@@ -28,7 +35,7 @@ def say(*tokens: str) -> Answer:
     return answer
 
 
-async def run(answer: Answer, *, strict: bool = False) -> tuple[list[Generate], object]:
+async def run(answer: Answer, *, strict: bool = False) -> tuple[list[Generate], CanaryReport]:
     asked: list[Generate] = []
 
     def submit(request: Generate) -> RequestStream:

@@ -32,6 +32,9 @@ class Machine:
         assert self.current is not None
         return self.current
 
+    def readiness(self) -> Readiness:
+        return self.state.readiness
+
     def kinds(self) -> list[type[Command]]:
         return [type(command) for command in self.commands]
 
@@ -68,14 +71,14 @@ def quarantined() -> Machine:
 
 def test_a_load_goes_through_every_state() -> None:
     machine = admitted()
-    assert machine.state.readiness is Readiness.ADMITTED
+    assert machine.readiness() is Readiness.ADMITTED
     assert machine.commands == [lc.SpawnWorker(1)]
-    assert machine(lc.WorkerSpawned(1)).state.readiness is Readiness.LOADING
+    assert machine(lc.WorkerSpawned(1)).readiness() is Readiness.LOADING
     machine(lc.WorkerLoaded(1))
-    assert machine.state.readiness is Readiness.CANARY_PENDING
+    assert machine.readiness() is Readiness.CANARY_PENDING
     assert machine.commands == [lc.RunCanary(1, strict=False)]
     machine(lc.CanaryPassed(1))
-    assert machine.state.readiness is Readiness.ROUTABLE
+    assert machine.readiness() is Readiness.ROUTABLE
     assert machine.kinds() == [lc.RecordPass, lc.AnswerLoads, lc.OpenTraffic]
 
 
@@ -192,14 +195,14 @@ def test_the_override_puts_a_quarantined_model_on_probation() -> None:
     machine = quarantined()
     account = machine.state.account
     machine(lc.LoadAccepted(account, probation=True))
-    assert machine.state.readiness is Readiness.ADMITTED
+    assert machine.readiness() is Readiness.ADMITTED
     assert machine.commands[-1] == lc.SpawnWorker(4)
     machine(lc.WorkerSpawned(4), lc.WorkerLoaded(4))
     assert machine.commands == [lc.RunCanary(4, strict=True)]
     machine(lc.CanaryPassed(4))
     assert lc.on_probation(machine.state, POLICY, machine.now)
     machine(exited(4))
-    assert machine.state.readiness is Readiness.QUARANTINED
+    assert machine.readiness() is Readiness.QUARANTINED
     assert machine.state.account.quarantines == 2
 
 

@@ -221,5 +221,7 @@ class ReadinessMachine(RuleBasedStateMachine):
             assert resting or self.timer is not None
 
 
-ReadinessMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+ReadinessMachine.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=60, deadline=None
+)
 TestReadinessMachine = ReadinessMachine.TestCase

@@ -1,0 +1,81 @@
+"""The ASGI application: every route, and nothing else.
+
+Names under ``/admin/models`` that are routes of their own (``load``, ``unload``,
+``compatibility``) come before ``{id:path}``; ids may contain slashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from protocol.errors import CodedError, ErrorCode
+from supervisor.fleet import Fleet
+from supervisor.gateway import admin, health
+from supervisor.gateway.auth import Guard, Side
+from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
+from supervisor.gateway.openai import models
+from supervisor.gateway.openai.chat import chat_completions
+from supervisor.gateway.openai.completions import completions
+from supervisor.metrics import Metrics
+from supervisor.settings import Settings
+
+
+def create_app(fleet: Fleet, settings: Settings, metrics: Metrics) -> ASGIApp:
+    """The application; its lifespan starts and stops the fleet."""
+    gateway = Gateway(fleet, settings, metrics, Guard(settings))
+    metrics.watch(fleet.models)
+
+    @asynccontextmanager
+    async def lifespan(_app: Any) -> AsyncIterator[None]:
+        await fleet.start()
+        try:
+            yield
+        finally:
+            await fleet.stop()
+
+    return Router(
+        _routes(gateway),
+        redirect_slashes=False,
+        default=_fallback(gateway),
+        lifespan=lifespan,
+    )
+
+
+def _routes(gateway: Gateway) -> list[Route]:
+    def route(path: str, side: Side, handlers: Mapping[Method, Handler]) -> Route:
+        return Route(path, Endpoint(gateway, side, path, handlers))
+
+    release = "/admin/models/{id:path}/release"
+    return [
+        route("/healthz", Side.OPEN, {"GET": health.healthz}),
+        route("/readyz", Side.OPEN, {"GET": health.readyz}),
+        route("/metrics", Side.METRICS, {"GET": health.metrics}),
+        route("/v1/chat/completions", Side.INFERENCE, {"POST": chat_completions}),
+        route("/v1/completions", Side.INFERENCE, {"POST": completions}),
+        route("/v1/models", Side.INFERENCE, {"GET": models.list_models}),
+        route("/v1/models/{id:path}", Side.INFERENCE, {"GET": models.get_model}),
+        route("/admin/models", Side.ADMIN, {"GET": admin.list_models}),
+        route("/admin/models/load", Side.ADMIN, {"POST": admin.load_model}),
+        route("/admin/models/unload", Side.ADMIN, {"POST": admin.unload_model}),
+        route("/admin/models/compatibility", Side.ADMIN, {"GET": admin.compatibility}),
+        # Only for POST, so that a model called "org/release" can still be looked at.
+        Route(
+            release,
+            Endpoint(gateway, Side.ADMIN, release, {"POST": admin.release_model}),
+            methods=["POST"],
+        ),
+        route("/admin/models/{id:path}", Side.ADMIN, {"GET": admin.get_model}),
+    ]
+
+
+def _fallback(gateway: Gateway) -> ASGIApp:
+    async def not_found(_gateway: Gateway, call: Call) -> Response:
+        raise CodedError(ErrorCode.NOT_FOUND, f"no such route: {call.scope['path'][:200]}")
+
+    return Endpoint(gateway, Side.OPEN, "", {"*": not_found})

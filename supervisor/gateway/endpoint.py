@@ -1,0 +1,109 @@
+"""What happens around every handler: request id, keys, errors, counting.
+
+An ``Endpoint`` is the ASGI application behind one route. A handler gets a
+``Call`` and returns a Starlette response or raises; nothing wraps ``send``, so a
+streamed chunk goes from the handler's loop straight to the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from supervisor.fleet import Fleet
+from supervisor.gateway.auth import Guard, Side
+from supervisor.gateway.body import ClientDisconnected
+from supervisor.gateway.errors import MethodNotAllowed, coded, error_response
+from supervisor.metrics import CLIENT_DISCONNECTED, OK, Metrics
+from supervisor.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: ``*`` takes every method that has no handler of its own.
+Method = Literal["GET", "POST", "DELETE", "*"]
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+class Gateway(msgspec.Struct, frozen=True, eq=False):
+    """What every handler may use."""
+
+    fleet: Fleet
+    settings: Settings
+    metrics: Metrics
+    guard: Guard
+
+
+class Call(Request):
+    """One HTTP request on its way through a handler.
+
+    ``model`` is the metrics label: the id of a tracked model, else empty.
+    ``outcome`` is ``OK`` or the stable error code; a stream may change it after
+    its headers have gone.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        super().__init__(scope, receive)
+        self.request_id = _request_id(scope)
+        self.model = ""
+        self.outcome = OK
+
+
+Handler = Callable[[Gateway, Call], Awaitable[Response]]
+
+
+class Endpoint:
+    """One resource and its handlers by method. ``name`` is its label in the metrics."""
+
+    def __init__(
+        self, gateway: Gateway, side: Side, name: str, handlers: Mapping[Method, Handler]
+    ) -> None:
+        self._gateway = gateway
+        self._side = side
+        self._name = name
+        self._handlers: dict[str, Handler] = {name: handlers[name] for name in handlers}
+        if "GET" in self._handlers:
+            self._handlers["HEAD"] = self._handlers["GET"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = Call(scope, receive)
+        try:
+            response = await self._answer(call)
+        except ClientDisconnected:
+            # The server drops this; it only keeps the exchange complete.
+            call.outcome = CLIENT_DISCONNECTED
+            response = Response(status_code=499)
+        except Exception as error:
+            refusal = coded(error)
+            if refusal is not error and refusal.code.value == "internal_error":
+                log.exception("request %s to %s failed", call.request_id.decode(), self._name)
+            call.outcome = refusal.code.value
+            response = error_response(refusal)
+        response.raw_headers.append((b"x-request-id", call.request_id))
+        try:
+            await response(scope, receive, send)
+        finally:
+            self._gateway.metrics.request_ended(call.model, self._name, call.outcome)
+
+    async def _answer(self, call: Call) -> Response:
+        self._gateway.guard.check(call, self._side)
+        handler = self._handlers.get(call.method) or self._handlers.get("*")
+        if handler is None:
+            raise MethodNotAllowed(", ".join(sorted(self._handlers)))
+        return await handler(self._gateway, call)
+
+
+def _request_id(scope: Scope) -> bytes:
+    """The client's own id when it is well-formed, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return bytes(value)
+    return secrets.token_hex(16).encode()

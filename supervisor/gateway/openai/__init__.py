@@ -1,0 +1,1 @@
+"""OpenAI's API: what its clients send, and the exact shapes they expect back."""

@@ -1,0 +1,69 @@
+"""``GET /v1/models`` and ``/v1/models/{id}``.
+
+The list holds what can be used right now, that is the routable models. A model
+that is tracked but not routable is refused by name with the code that inference
+would give, ``model_not_ready`` or ``model_unstable``: a client that checks
+before it sends learns the same as one that just sends.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from starlette.responses import Response
+
+from protocol.errors import CodedError, ErrorCode
+from supervisor.gateway.endpoint import Call, Gateway
+from supervisor.gateway.errors import json_response
+from supervisor.views import ModelView, ReadinessView
+
+
+class Model(msgspec.Struct, kw_only=True):
+    """OpenAI's model object; the last three fields are ours."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "opta-lmx"
+    context_length: int | None
+    backend: str
+    readiness: ReadinessView
+
+
+async def list_models(gateway: Gateway, call: Call) -> Response:
+    models = [_model(view) for view in gateway.fleet.models() if is_routable(view)]
+    return json_response({"object": "list", "data": models})
+
+
+async def get_model(gateway: Gateway, call: Call) -> Response:
+    view = gateway.fleet.model(call.path_params["id"])
+    call.model = view.id
+    if is_routable(view):
+        return json_response(_model(view))
+    readiness = view.readiness
+    if readiness.state == "quarantined":
+        raise CodedError(
+            ErrorCode.MODEL_UNSTABLE, f"{view.id} is quarantined: {readiness.reason}", param="model"
+        )
+    raise CodedError(
+        ErrorCode.MODEL_NOT_READY,
+        f"{view.id} is {'unloading' if view.unloading else readiness.state}: {readiness.reason}",
+        param="model",
+        retry_after_s=None if view.unloading else 1,
+    )
+
+
+def is_routable(view: ModelView) -> bool:
+    return view.readiness.state == "routable" and not view.unloading
+
+
+def _model(view: ModelView) -> Model:
+    since = view.loaded_at if view.loaded_at is not None else view.readiness.updated_at
+    return Model(
+        id=view.id,
+        created=int(since),
+        context_length=view.context_length,
+        backend=view.backend,
+        readiness=view.readiness,
+    )

@@ -1,0 +1,106 @@
+"""The request fields that chat and text completions share.
+
+The rule for what cannot be honoured: a field that OpenAI documents and that
+would change the answer is refused by name (``unsupported_parameter``), never
+dropped in silence. ``null`` and values that ask for nothing (``"n": 1``,
+``"tools": []``) count as absent. Fields nobody documents are ignored: local
+clients send extras of other servers. ``user``, ``metadata``, ``store``,
+``service_tier`` and their like change no answer and are ignored as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Sampling
+
+_MAX_STOPS = 4
+
+N = TypeVar("N", int, float)
+
+_INT64 = Meta(ge=-(2**63), le=2**63 - 1)
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+#: A token id, in JSON objects also as a string.
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+PositiveInt = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class Parameters(msgspec.Struct, kw_only=True):
+    """How to generate. Bounds are checked by the decoder."""
+
+    model: str
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    #: -1 is how vLLM's clients say "off".
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    seed: Annotated[int, _INT64] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    stop: str | list[str] | None = None
+    max_tokens: PositiveInt | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: PositiveInt | None = None
+
+    def sampling(self) -> Sampling:
+        default = Sampling()
+        return Sampling(
+            temperature=_or(self.temperature, default.temperature),
+            top_p=_or(self.top_p, default.top_p),
+            top_k=max(0, _or(self.top_k, default.top_k)),
+            min_p=_or(self.min_p, default.min_p),
+            repetition_penalty=_or(self.repetition_penalty, default.repetition_penalty),
+            presence_penalty=_or(self.presence_penalty, default.presence_penalty),
+            frequency_penalty=_or(self.frequency_penalty, default.frequency_penalty),
+            seed=self.seed,
+            logit_bias=self.logit_bias or {},
+        )
+
+    def stops(self) -> list[str]:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > _MAX_STOPS:
+            raise invalid_value("stop", f"at most {_MAX_STOPS} stop strings")
+        if "" in stops:
+            raise invalid_value("stop", "a stop string must not be empty")
+        return stops
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+def _or(value: N | None, default: N) -> N:
+    return default if value is None else value
+
+
+def refuse_unsupported(fields: msgspec.Struct, harmless: Mapping[str, Collection[Any]]) -> None:
+    """Raise for the first field of ``harmless`` with a value that is not listed there."""
+    for name, values in harmless.items():
+        value = getattr(fields, name)
+        if value is not None and value not in values:
+            raise unsupported(name)
+
+
+def unsupported(param: str) -> CodedError:
+    return CodedError(
+        ErrorCode.UNSUPPORTED_PARAMETER,
+        f"{param}: this value is not supported by this server",
+        param=param,
+    )
+
+
+def invalid_value(param: str, message: str) -> CodedError:
+    return CodedError(ErrorCode.INVALID_VALUE, f"{param}: {message}", param=param)

@@ -1,0 +1,129 @@
+"""Prometheus metrics of one server, in a registry of their own.
+
+Labels stay bounded: ``model`` is the id of a tracked model or empty,
+``endpoint`` a route template, ``code`` is ``ok``, a stable error code or
+``client_disconnected``. What a model is doing right now is read from the fleet
+at scrape time; nothing is counted per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from supervisor.views import ModelView
+
+OK = "ok"
+CLIENT_DISCONNECTED = "client_disconnected"
+
+#: The text format that every Prometheus since 2014 reads.
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_STATES = ("admitted", "loading", "canary_pending", "routable", "quarantined")
+_FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+ListModels = Callable[[], Sequence[ModelView]]
+
+
+class Metrics:
+    """Counts events; ``render`` is the scrape."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._models = _ModelCollector()
+        self._registry.register(self._models)
+        self._requests = Counter(
+            "opta_lmx_requests",
+            "HTTP requests answered",
+            ["model", "endpoint", "code"],
+            registry=self._registry,
+        )
+        self._prompt_tokens = Counter(
+            "opta_lmx_prompt_tokens", "Tokens prefilled", ["model"], registry=self._registry
+        )
+        self._completion_tokens = Counter(
+            "opta_lmx_completion_tokens", "Tokens generated", ["model"], registry=self._registry
+        )
+        self._first_token = Histogram(
+            "opta_lmx_time_to_first_token_seconds",
+            "From the request's arrival to the first text of a streamed answer",
+            ["model"],
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=self._registry,
+        )
+        self._failures = Counter(
+            "opta_lmx_worker_failures",
+            "Counted failures of workers",
+            ["model", "kind"],
+            registry=self._registry,
+        )
+        self._restarts = Counter(
+            "opta_lmx_worker_restarts", "Respawns of workers", ["model"], registry=self._registry
+        )
+        self._canaries = Counter(
+            "opta_lmx_canary",
+            "Canary runs by outcome",
+            ["model", "outcome"],
+            registry=self._registry,
+        )
+
+    def watch(self, models: ListModels) -> None:
+        """Read the state of models from here at every scrape."""
+        self._models.source = models
+
+    def request_ended(self, model: str, endpoint: str, code: str) -> None:
+        self._requests.labels(model, endpoint, code).inc()
+
+    def tokens(self, model: str, prompt: int, completion: int) -> None:
+        self._prompt_tokens.labels(model).inc(prompt)
+        self._completion_tokens.labels(model).inc(completion)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        self._first_token.labels(model).observe(seconds)
+
+    def worker_failed(self, model: str, kind: str) -> None:
+        self._failures.labels(model, kind).inc()
+
+    def worker_restarted(self, model: str) -> None:
+        self._restarts.labels(model).inc()
+
+    def canary_ended(self, model: str, outcome: str) -> None:
+        self._canaries.labels(model, outcome).inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def value(self, name: str, labels: dict[str, str] | None = None) -> float | None:
+        """One sample by its full name, None when it was never counted."""
+        return self._registry.get_sample_value(name, labels or {})
+
+
+class _ModelCollector(Collector):
+    """Gauges made of the fleet's views at the moment of the scrape."""
+
+    source: ListModels | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        in_flight = GaugeMetricFamily(
+            "opta_lmx_in_flight", "Requests a worker is running", labels=["model"]
+        )
+        queued = GaugeMetricFamily(
+            "opta_lmx_queued", "Requests waiting for a slot", labels=["model"]
+        )
+        memory = GaugeMetricFamily(
+            "opta_lmx_worker_memory_bytes", "Memory of the model's worker", labels=["model"]
+        )
+        state = GaugeMetricFamily(
+            "opta_lmx_model_state", "1 for the state a model is in", labels=["model", "state"]
+        )
+        for view in self.source() if self.source is not None else ():
+            in_flight.add_metric([view.id], view.in_flight)
+            queued.add_metric([view.id], view.queued)
+            if view.memory_gb is not None:
+                memory.add_metric([view.id], view.memory_gb * 1e9)
+            for name in _STATES:
+                state.add_metric([view.id, name], float(view.readiness.state == name))
+        yield from (in_flight, queued, memory, state)

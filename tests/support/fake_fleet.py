@@ -1,0 +1,195 @@
+"""A fleet without processes: the test plays the worker, through the real ``RequestStream``."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import msgspec
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Delta, FinishReason, Generate
+from supervisor.fleet import Fleet, LoadSpec
+from supervisor.stream import RequestStream
+from supervisor.views import LoadResult, ModelView, ReadinessView
+
+CREATED = 1_700_000_000.0
+
+
+def readiness(state: str = "routable", reason: str = "ready", **more: object) -> ReadinessView:
+    base = ReadinessView(state=state, reason=reason, crash_count=0, updated_at=CREATED)
+    return msgspec.structs.replace(base, **more)
+
+
+def view(model_id: str, state: str = "routable", **more: object) -> ModelView:
+    base = ModelView(
+        id=model_id,
+        path=f"/models/{model_id}",
+        backend="simulated",
+        backend_version="1.0",
+        pid=42,
+        generation=1,
+        readiness=readiness(state),
+        unloading=False,
+        memory_gb=0.5,
+        memory_planned_gb=1.0,
+        loaded_at=CREATED,
+        context_length=2048,
+        request_count=0,
+        in_flight=0,
+        queued=0,
+        last_used_at=None,
+        keep_alive_sec=None,
+        last_incident_id=None,
+    )
+    return msgspec.structs.replace(base, **more)
+
+
+@dataclass
+class Submitted:
+    """One request as the worker would see it."""
+
+    model: str
+    request: Generate
+    streaming: bool
+    stream: RequestStream
+    cancellation: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def cancelled(self) -> bool:
+        return self.cancellation.is_set()
+
+    def accept(self, prompt_tokens: int = 5) -> None:
+        self.stream.accept(prompt_tokens)
+
+    def say(self, text: str, finish: FinishReason | None = None, tokens: int = 1) -> None:
+        self.stream.push(Delta(0, text, [7] * tokens, finish))
+
+    def finish(self) -> None:
+        self.say("", FinishReason.STOP)
+
+    def fail(self, code: ErrorCode, message: str = "it broke") -> None:
+        self.stream.fail(CodedError(code, message))
+
+
+@dataclass
+class FakeFleet(Fleet):
+    """Answers every request with ``script`` at once, or not at all when that is None."""
+
+    views: dict[str, ModelView] = field(default_factory=dict)
+    script: tuple[str, ...] | None = ("Hel", "lo")
+    refusal: CodedError | None = None
+    bug: Exception | None = None
+    requests: list[Submitted] = field(default_factory=list)
+    loads: list[LoadSpec] = field(default_factory=list)
+    queries: list[dict[str, object]] = field(default_factory=list)
+    load_may_end: asyncio.Event = field(default_factory=asyncio.Event)
+    finished_loads: int = 0
+    started: bool = False
+    stopped: bool = False
+    max_buffer_bytes: int | None = None
+    capacity: int | None = None
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, model: ModelView) -> None:
+        self.views[model.id] = model
+
+    async def request(self, number: int = 0) -> Submitted:
+        """Wait for the request with this number."""
+        while len(self.requests) <= number:
+            self._news.clear()
+            await self._news.wait()
+        return self.requests[number]
+
+    async def loading(self, number: int = 0) -> LoadSpec:
+        """Wait for the load with this number."""
+        while len(self.loads) <= number:
+            self._news.clear()
+            await self._news.wait()
+        return self.loads[number]
+
+    def models(self) -> list[ModelView]:
+        return [self.views[model_id] for model_id in sorted(self.views)]
+
+    def model(self, model_id: str) -> ModelView:
+        if model_id not in self.views:
+            raise CodedError(ErrorCode.MODEL_NOT_FOUND, f"{model_id} is not loaded", param="model")
+        return self.views[model_id]
+
+    def submit(self, model_id: str, request: Generate, *, streaming: bool) -> RequestStream:
+        self.model(model_id)
+        if self.bug is not None:
+            raise self.bug
+        if self.refusal is not None:
+            raise self.refusal
+        if self.capacity is not None and len(self.requests) >= self.capacity:
+            raise CodedError(ErrorCode.RATE_LIMIT_EXCEEDED, "the queue is full", retry_after_s=1)
+
+        def cancelled() -> None:
+            submitted.cancellation.set()
+
+        stream = RequestStream(max_buffer_bytes=self.max_buffer_bytes, on_close=cancelled)
+        submitted = Submitted(model_id, request, streaming, stream)
+        self.requests.append(submitted)
+        self._news.set()
+        if self.script is not None:
+            submitted.accept()
+            for text in self.script:
+                submitted.say(text)
+            submitted.say("", FinishReason.STOP)
+        return stream
+
+    async def start_load(self, spec: LoadSpec) -> ModelView:
+        if self.refusal is not None:
+            raise self.refusal
+        self.loads.append(spec)
+        self._news.set()
+        self.views.setdefault(spec.model_id, view(spec.model_id, "loading"))
+        return self.views[spec.model_id]
+
+    async def load(self, spec: LoadSpec) -> LoadResult:
+        await self.start_load(spec)
+        await self.load_may_end.wait()
+        self.finished_loads += 1
+        self.add(view(spec.model_id))
+        return LoadResult(
+            success=True,
+            model_id=spec.model_id,
+            memory_after_load_gb=0.5,
+            time_to_load_ms=12.5,
+            readiness=readiness(),
+        )
+
+    async def unload(self, model_id: str) -> ModelView:
+        last = self.model(model_id)
+        del self.views[model_id]
+        return last
+
+    async def release(self, model_id: str) -> ModelView:
+        last = self.model(model_id)
+        if last.readiness.state != "quarantined":
+            raise CodedError(ErrorCode.MODEL_CONFLICT, f"{model_id} is not quarantined")
+        del self.views[model_id]
+        return last
+
+    async def compatibility(
+        self,
+        *,
+        model: str | None = None,
+        backend: str | None = None,
+        outcome: str | None = None,
+        since: float | None = None,
+        limit: int = 100,
+    ) -> dict[str, object]:
+        self.queries.append(
+            {"model": model, "backend": backend, "outcome": outcome, "since": since, "limit": limit}
+        )
+        return {"records": [], "total": 0, "summary": {}}
+
+    async def start(self) -> None:
+        self.started = True
+
+    async def stop(self) -> None:
+        self.stopped = True
+        for submitted in self.requests:
+            submitted.fail(ErrorCode.SHUTTING_DOWN, "the server is shutting down")

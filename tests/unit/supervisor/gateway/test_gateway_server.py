@@ -1,0 +1,184 @@
+"""The real server on a real socket, over the fake fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from protocol.errors import CodedError, ErrorCode
+from supervisor.gateway import server
+from supervisor.gateway.announce import announce
+from supervisor.metrics import Metrics
+from supervisor.settings import Settings
+from tests.support.asgi import events
+from tests.support.fake_fleet import FakeFleet
+
+Serve = Callable[..., AbstractAsyncContextManager[str]]
+
+BODY = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture
+def serve(fleet: FakeFleet, tmp_path: Path) -> Serve:
+    @asynccontextmanager
+    async def serve(**more: object) -> AsyncIterator[str]:
+        settings = Settings(home=tmp_path, port=0, **more)  # type: ignore[arg-type]
+        with contextlib.closing(server.bind(settings)) as listener:
+            running = server.create_server(fleet, settings, Metrics())
+            task = asyncio.create_task(running.serve(sockets=[listener]))
+            yield server.base_url(settings, listener)
+            running.ask_exit()
+            await task
+
+    return serve
+
+
+async def test_openai_client(serve: Serve) -> None:
+    async with serve() as url, openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-") as client:
+        [model] = (await client.models.list()).data
+        assert (await client.models.retrieve(model.id)).id == "m"
+        messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
+        answer = await client.chat.completions.create(model="m", messages=messages)
+        assert answer.choices[0].message.content == "Hello"
+        stream = await client.chat.completions.create(model="m", messages=messages, stream=True)
+        chunks = [chunk async for chunk in stream]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello"
+        assert chunks[-1].choices[0].finish_reason == "stop"
+        text = await client.completions.create(model="m", prompt="Once")
+        assert text.choices[0].text == "Hello"
+        with pytest.raises(openai.NotFoundError) as refusal:
+            await client.chat.completions.create(model="x", messages=messages)
+        assert refusal.value.code == "model_not_found"
+
+
+async def test_what_is_not_http_gets_the_envelope(serve: Serve) -> None:
+    async with serve() as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(b"\x16\x03\x01 garbage\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"x-request-id: " in head
+    assert json.loads(body)["error"]["code"] == "invalid_value"
+
+
+async def test_an_oversized_body_gets_an_answer(serve: Serve) -> None:
+    async with serve(max_body_bytes=1000) as url, httpx.AsyncClient() as client:
+        answer = await client.post(f"{url}/v1/chat/completions", content=b" " * 3_000_000)
+        assert answer.status_code == 413
+        # The connection is still good.
+        assert (await client.get(f"{url}/healthz")).status_code == 200
+
+
+async def test_disconnect_of_a_real_client(serve: Serve, fleet: FakeFleet) -> None:
+    fleet.script = None
+    async with serve() as url:
+        for number, stream in enumerate((False, True)):
+            async with httpx.AsyncClient() as client:
+                asking = asyncio.create_task(
+                    client.post(f"{url}/v1/chat/completions", json={**BODY, "stream": stream})
+                )
+                submitted = await fleet.request(number)
+                asking.cancel()
+            await submitted.cancellation.wait()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_lets_a_stream_finish(
+    fleet: FakeFleet, tmp_path: Path, signum: signal.Signals
+) -> None:
+    fleet.script = None
+    settings = Settings(home=tmp_path, port=0, shutdown_grace_s=60)
+    with contextlib.closing(server.bind(settings)) as listener:
+        running = server.create_server(fleet, settings, Metrics())
+        task = asyncio.create_task(running.serve(sockets=[listener]))
+        async with httpx.AsyncClient(base_url=server.base_url(settings, listener)) as client:
+            asking = asyncio.create_task(
+                client.post("/v1/chat/completions", json={**BODY, "stream": True})
+            )
+            submitted = await fleet.request()
+            submitted.accept()
+            os.kill(os.getpid(), signum)
+            await running.exit_asked.wait()
+            assert not fleet.stopped
+            submitted.say("Bye")
+            submitted.finish()
+            assert events((await asking).content)[-1] == "[DONE]"
+        await task
+    assert fleet.stopped
+
+
+async def test_what_outlasts_the_grace_is_told(fleet: FakeFleet, serve: Serve) -> None:
+    fleet.script = None
+    async with httpx.AsyncClient() as client:
+        async with serve(shutdown_grace_s=0.05) as url:
+            address = f"{url}/v1/chat/completions"
+            streamed = asyncio.create_task(client.post(address, json={**BODY, "stream": True}))
+            (await fleet.request(0)).accept()
+            whole = asyncio.create_task(client.post(address, json=BODY))
+            (await fleet.request(1)).accept()
+        assert events((await streamed).content)[-1]["error"]["code"] == "server_shutting_down"
+        assert (await whole).status_code == 503
+        assert (await whole).json()["error"]["code"] == "server_shutting_down"
+
+
+def test_a_port_in_use_is_said_plainly(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings(home=tmp_path, port=taken.getsockname()[1])
+        with pytest.raises(server.BindRefused, match=r"cannot listen on 127\.0\.0\.1:"):
+            server.bind(settings)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "box.lan"])
+def test_open_sides_are_not_offered_to_the_network(tmp_path: Path, host: str) -> None:
+    for admin, api in ((None, None), ("a", None), (None, "b")):
+        settings = Settings(home=tmp_path, host=host, admin_key=admin, api_key=api)
+        with pytest.raises(server.BindRefused, match="reachable from outside"):
+            server.require_keys(settings)
+    server.require_keys(Settings(home=tmp_path, host=host, admin_key="a", api_key="b"))
+    server.require_keys(Settings(home=tmp_path, host=host, allow_unauthenticated=True))
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("localhost", "http://localhost:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("::1", "http://[::1]:8000"),
+    ],
+)
+def test_base_url(tmp_path: Path, host: str, url: str) -> None:
+    assert server.base_url(Settings(home=tmp_path, host=host)) == url
+
+
+def test_announce_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    announce(Settings(home=tmp_path, api_key="s3cret"), "org/it's", None)
+    output = capsys.readouterr().out
+    assert "http://127.0.0.1:8000/v1\n" in output
+    assert "s3cret" not in output
+    command = shlex.split(output[output.index("curl") :])
+    assert command[1] == "http://127.0.0.1:8000/v1/chat/completions"
+    assert json.loads(command[-1])["model"] == "org/it's"
+
+
+def test_announce_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = CodedError(ErrorCode.MODEL_INCOMPLETE, "shard 2 is missing")
+    announce(Settings(home=tmp_path), "m", error)
+    expected = "m failed to load: shard 2 is missing (model_incomplete)\n"
+    assert capsys.readouterr().out == expected

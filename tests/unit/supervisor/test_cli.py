@@ -1,0 +1,258 @@
+"""The command line against the real application on a socket, over the fake fleet."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import uvicorn
+from typer.testing import CliRunner, Result
+
+from protocol.errors import CodedError, ErrorCode
+from supervisor import main as supervisor_main
+from supervisor.chat_session import Session
+from supervisor.cli import app
+from supervisor.client import Client, ClientError
+from supervisor.gateway.app import create_app
+from supervisor.gateway.server import BindRefused
+from supervisor.metrics import Metrics
+from supervisor.settings import ModelSetting, Settings
+from tests.support.fake_fleet import FakeFleet, readiness, view
+
+KEYS = {"OPTA_LMX_ADMIN_KEY": "a", "OPTA_LMX_API_KEY": "i"}
+
+
+class Listening(uvicorn.Server):
+    """Runs in a thread; ``ready`` is set once it accepts connections."""
+
+    ready: threading.Event
+
+    async def main_loop(self) -> None:
+        self.ready.set()
+        await super().main_loop()
+
+
+@pytest.fixture
+def fleet() -> FakeFleet:
+    fleet = FakeFleet()
+    fleet.add(view("org/m", in_flight=1))
+    return fleet
+
+
+@pytest.fixture
+def url(fleet: FakeFleet, tmp_path: Path) -> Iterator[str]:
+    settings = Settings(home=tmp_path, admin_key="a", api_key="i")
+    config = uvicorn.Config(
+        create_app(fleet, settings, Metrics()), log_config=None, access_log=False, ws="none"
+    )
+    server = Listening(config)
+    server.ready = threading.Event()
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        assert server.ready.wait(20)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in os.environ:
+        if name.startswith("OPTA_LMX_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OPTA_LMX_HOME", str(tmp_path))
+
+
+def opta(*arguments: str, env: dict[str, str] | None = None, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, env=KEYS if env is None else env, input=stdin)
+
+
+def test_ps(url: str, fleet: FakeFleet) -> None:
+    fleet.add(view("b", readiness=readiness("quarantined", "3 crashes"), memory_gb=None))
+    result = opta("ps", "--url", url)
+    assert result.exit_code == 0
+    header, b, m = result.stdout.splitlines()
+    assert header.split()[:3] == ["MODEL", "STATE", "BACKEND"]
+    assert b.split() == ["b", "quarantined", "simulated", "-", "0", "0", "0", "3", "crashes"]
+    assert m.split()[:6] == ["org/m", "routable", "simulated", "0.50", "GB", "1"]
+    assert [model["id"] for model in json.loads(opta("ps", "--url", url, "--json").stdout)] == [
+        "b",
+        "org/m",
+    ]
+
+
+def test_load_unload_release(url: str, fleet: FakeFleet, tmp_path: Path) -> None:
+    fleet.load_may_end.set()
+    result = opta("load", "org/new", "--backend", "llama", "--url", url)
+    assert result.stdout == "org/new is routable in 0.0 s\n"
+    assert [(spec.backend, spec.path) for spec in fleet.loads] == [("llama", None)]
+    path = tmp_path / "tiny.gguf"
+    path.touch()
+    assert opta("load", str(path), "--no-wait", "--url", url).stdout == "tiny is loading\n"
+    last = fleet.loads[-1]
+    assert (last.model_id, last.path) == ("tiny", str(path))
+    assert opta("load", f"n={path}", "--no-wait", "--url", url).stdout == "n is loading\n"
+    assert opta("unload", "org/new", "--url", url).stdout == "org/new unloaded\n"
+    fleet.add(view("org/q", readiness=readiness("quarantined")))
+    result = opta("release", "org/q", "--url", url)
+    assert result.stdout == "org/q released from quarantine\n"
+
+
+def test_errors_of_the_server_are_shown(url: str, fleet: FakeFleet) -> None:
+    result = opta("unload", "nobody", "--url", url)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "error: nobody is not loaded (model_not_found)\n"
+    result = opta("ps", "--url", url, env={})
+    assert result.exit_code == 1
+    assert "(invalid_admin_key)" in result.stderr
+
+
+def test_no_server() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    for command in (["ps"], ["chat", "m", "--prompt", "x"]):
+        result = opta(*command, "--url", url)
+        assert result.exit_code == 1
+        assert f"error: no server at {url}" in result.stderr
+        assert "opta-lmx serve" in result.stderr
+
+
+def test_url_from_the_environment(url: str) -> None:
+    assert opta("ps", env={**KEYS, "OPTA_LMX_URL": url}).exit_code == 0
+
+
+def test_a_bad_url_is_an_error_not_a_traceback() -> None:
+    for url in ("http://[", "ftp://x", "localhost:1"):
+        result = opta("ps", "--url", url)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: ")
+
+
+def test_chat_prompt_and_pipe(url: str, fleet: FakeFleet) -> None:
+    result = opta("chat", "org/m", "--prompt", "Hi", "--system", "S", "--url", url)
+    assert (result.exit_code, result.stdout) == (0, "Hello\n")
+    result = opta("chat", "org/m", "--max-tokens", "7", "--url", url, stdin="two\nlines\n")
+    assert (result.exit_code, result.stdout) == (0, "Hello\n")
+    first, second = [submitted.request for submitted in fleet.requests]
+    assert [(m.role, m.content) for m in first.messages or []] == [("system", "S"), ("user", "Hi")]
+    assert [(m.role, m.content) for m in second.messages or []] == [("user", "two\nlines\n")]
+    assert second.max_tokens == 7
+    assert opta("chat", "org/m", "--url", url, stdin="").exit_code == 1
+
+
+def test_chat_errors(url: str, fleet: FakeFleet) -> None:
+    fleet.refusal = CodedError(ErrorCode.MODEL_UNSTABLE, "it is quarantined")
+    result = opta("chat", "org/m", "--prompt", "x", "--url", url)
+    assert result.exit_code == 1
+    assert result.stderr == "error: it is quarantined (model_unstable)\n"
+
+
+def test_a_conversation_remembers(
+    url: str,
+    fleet: FakeFleet,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = iter(["one", "", "two", "three"])
+
+    def typed(_prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        fleet.refusal = CodedError(ErrorCode.MODEL_NOT_READY, "wait") if line == "two" else None
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    with Client(url, api_key="i") as client:
+        Session(client, "org/m").converse()
+    captured = capsys.readouterr()
+    assert captured.out.count("Hello\n") == 2
+    assert captured.err == "error: wait (model_not_ready)\n"
+    messages = fleet.requests[-1].request.messages or []
+    assert [message.content for message in messages] == ["one", "Hello", "three"]
+
+
+def test_an_answer_cut_short_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+                    b'data: {"choices":[{"delta":{"content":"Hel"}}]}\n\n'
+                )
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with Client(url) as client:
+            texts = client.chat("m", [])
+            assert next(texts) == "Hel"
+            with pytest.raises(ClientError, match="ended early"):
+                next(texts)
+        thread.join()
+
+
+def test_serve_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[Settings] = []
+    monkeypatch.setattr(supervisor_main, "run", given.append)
+    monkeypatch.setattr("supervisor.logs.set_up", lambda level: None)
+    result = opta(
+        *("serve", "--port", "1234", "--model", "x=/a", "--model", "org/b"),
+        *("--enable-simulated", "--max-sequences", "4", "--context-length", "512"),
+        *("--models-dir", str(tmp_path / "models"), "--log-level", "warning"),
+        env={"OPTA_LMX_ADMIN_KEY": "k"},
+    )
+    assert result.exit_code == 0, result.output
+    assert given == [
+        Settings(
+            home=tmp_path,
+            port=1234,
+            models=(ModelSetting(path="/a", id="x"), ModelSetting(path="org/b")),
+            models_dir=tmp_path / "models",
+            enable_simulated=True,
+            max_sequences=4,
+            context_length=512,
+            log_level="warning",
+            admin_key="k",
+        )
+    ]
+
+
+def test_serve_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = opta("serve", "--port", "99999")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error: --port: must be a port from 0 to 65535, not 99999\n"
+
+    def refuse(_settings: Settings) -> None:
+        raise BindRefused("cannot listen")
+
+    monkeypatch.setattr(supervisor_main, "run", refuse)
+    monkeypatch.setattr("supervisor.logs.set_up", lambda level: None)
+    result = opta("serve")
+    assert (result.exit_code, result.stderr) == (1, "error: cannot listen\n")
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, supervisor.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"rich", "httpx", "uvicorn", "starlette", "zmq", "asyncio", "msgspec"}
+
+
+def test_version() -> None:
+    result = opta("version")
+    assert result.exit_code == 0
+    assert result.stdout.strip()
