@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.server import Server, serve
+
 # MLX would compile kernels with the system's compiler; interpreted ones are as
 # fast for small models and need none. Set before anything imports mlx, and
 # inherited by every worker process that a test starts.
@@ -79,3 +81,17 @@ def _cache_dir() -> Path:
     if chosen := os.environ.get("OPTA_LMX_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opta-lmx"
+
+
+@pytest.fixture(scope="session")
+def real_server(
+    tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path, tiny_mlx: Path, demo_gguf: Path
+) -> Iterator[Server]:
+    """A server with a real model on each real backend, and the demo model, all routable."""
+    models = {"tiny-gguf": tiny_gguf, "tiny-mlx": tiny_mlx, "demo": demo_gguf}
+    arguments = [f"--model={name}={path}" for name, path in models.items()]
+    with serve(tmp_path_factory.mktemp("real") / "home", *arguments) as server:
+        for name in models:
+            server.await_tracked(name)
+            server.await_state(name, "routable")
+        yield server

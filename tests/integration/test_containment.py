@@ -74,9 +74,7 @@ def test_a_killed_worker_leaves_the_other_stream_alone(server: Server, models_di
     assert answer.json()["choices"][0]["message"]["content"] == "0 1 2 "
 
 
-def test_a_request_that_nobody_saw_anything_of_runs_again(
-    server: Server, models_dir: Path
-) -> None:
+def test_a_request_that_nobody_saw_anything_of_runs_again(server: Server, models_dir: Path) -> None:
     write_script(
         models_dir,
         "once",
