@@ -14,6 +14,7 @@ from tests.support.server import (
     await_gone,
     polls,
     serve,
+    start,
     text_of,
     write_script,
 )
@@ -273,8 +274,6 @@ def test_no_worker_outlives_a_killed_supervisor(tmp_path: Path, phase: str) -> N
 
 def test_two_supervisors_on_one_home(tmp_path: Path) -> None:
     with serve(tmp_path / "home") as first:
-        from tests.support.server import start
-
         second = start(tmp_path / "home")
         output, _ = second.communicate(timeout=30)
         assert second.returncode == 1
