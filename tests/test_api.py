@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -10,7 +11,7 @@ import pytest
 from tests.support.server import Server, polls, text_of
 
 REAL = ["tiny-gguf", "tiny-mlx"]
-PARIS = [
+PARIS: list[Any] = [
     {"role": "system", "content": "You are a helpful assistant."},
     {"role": "user", "content": "What is the capital of France?"},
 ]
@@ -36,7 +37,7 @@ def content(server: Server, model: str, **options: object) -> str:
 def test_the_openai_client_streams_an_answer_of_a_real_model(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="demo",
-        messages=PARIS,  # type: ignore[arg-type]
+        messages=PARIS,
         temperature=0,
         max_tokens=40,
         stream=True,
@@ -60,7 +61,7 @@ def test_the_openai_client_streams_an_answer_of_a_real_model(client: openai.Open
 def test_the_whole_answer_equals_the_streamed_one(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="demo",
-        messages=PARIS,  # type: ignore[arg-type]
+        messages=PARIS,
         temperature=0,
         max_tokens=40,
     )
@@ -222,7 +223,8 @@ def test_every_refusal_has_the_envelope(
 def test_what_is_not_honoured_is_refused_by_name(
     real_server: Server, field: str, value: object
 ) -> None:
-    answer = real_server.chat("tiny-gguf", **{field: value})
+    options: dict[str, Any] = {field: value}
+    answer = real_server.chat("tiny-gguf", **options)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
 
