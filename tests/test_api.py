@@ -23,7 +23,7 @@ def client(real_server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def content(server: Server, model: str, **options: object) -> str:
+def content(server: Server, model: str, **options: Any) -> str:
     answer = server.chat(model, **options)
     assert answer.status_code == 200, answer.text
     text = answer.json()["choices"][0]["message"]["content"]
