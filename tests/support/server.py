@@ -184,12 +184,14 @@ def serve(home: Path, *arguments: str, **environment: str) -> Iterator[Server]:
             server.close()
 
 
-def start(home: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(
+    home: Path, *arguments: str, port: str = "0", **environment: str
+) -> subprocess.Popen[str]:
     """Start ``opta-lmx serve`` on a free port with its state in ``home``."""
     return subprocess.Popen(
         [
             sys.executable,
-            *("-m", "supervisor.cli", "serve", "--port", "0", "--home", str(home)),
+            *("-m", "supervisor.cli", "serve", "--port", port, "--home", str(home)),
             *("--enable-simulated", *arguments),
         ],
         stdin=subprocess.DEVNULL,

@@ -1,0 +1,58 @@
+"""The supervisor as a process: what it imports, how it starts and how it ends."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import serve, start, write_script
+
+HEAVY = {"mlx", "mlx_lm", "llama_cpp", "transformers", "numpy", "torch", "tokenizers", "jinja2"}
+
+
+def test_the_supervisor_imports_no_inference_library() -> None:
+    program = (
+        "import json, sys\n"
+        "import supervisor.cli, supervisor.main, supervisor.gateway.app\n"
+        "from supervisor.runtimes import installed_backends\n"
+        "installed_backends(simulated=True)\n"
+        "print(json.dumps(sorted(sys.modules)))\n"
+    )
+    loaded = json.loads(subprocess.check_output([sys.executable, "-c", program], text=True))
+    assert not HEAVY & {name.split(".")[0] for name in loaded}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly_in_the_middle_of_everything(tmp_path: Path, number: int) -> None:
+    write_script(tmp_path, "busy", repeat=True, step_delay_s=0.01)
+    write_script(tmp_path, "slow", load_delay_s=60)
+    with serve(
+        tmp_path / "home", "--models-dir", str(tmp_path), OPTA_LMX_SHUTDOWN_GRACE_S="0.2"
+    ) as server:
+        server.load("busy")
+        server.load("slow", wait=False)
+        stream = server.stream("busy")
+        next(stream)
+        assert server.stop(number) == 0
+        assert "Traceback" not in server.text
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with serve(tmp_path / "first") as server:
+        port = server.url.rsplit(":", 1)[1]
+        second = start(tmp_path / "second", port=port)
+        output, _ = second.communicate(timeout=30)
+        assert second.returncode == 1
+        assert "cannot listen" in output
+
+
+def test_a_model_that_cannot_be_loaded_at_the_start_is_announced(tmp_path: Path) -> None:
+    with serve(tmp_path / "home", "--model", str(tmp_path / "nowhere.gguf")) as server:
+        assert server.http.get("/healthz").status_code == 200
+        ready = server.http.get("/readyz")
+        assert ready.status_code == 503
+        assert ready.json()["reason"]
+    assert "model_not_found" in server.text
