@@ -231,6 +231,9 @@ class Actor:
                 self._apply(event)
             except lifecycle.IllegalEvent as error:
                 log.error("%s: %s", self.spec.model_id, error)
+            except Exception:
+                # A model that nobody drives any more would be worse than what failed.
+                log.exception("%s: %s", self.spec.model_id, event)
             if isinstance(event, lifecycle.WorkerExited) and self._is_current(event.generation):
                 self._generation = None
 
@@ -324,7 +327,7 @@ class Actor:
                 requests=self._requests,
                 post=self._inbox.put_nowait,
             )
-        except OSError as error:
+        except (OSError, zmq.ZMQError) as error:
             self._inbox.put_nowait(
                 lifecycle.WorkerExited(
                     number, FailureKind.EXIT, f"cannot be started: {error}", random.random()

@@ -8,6 +8,7 @@ decoded afterwards; the reader always empties the socket.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import zmq
 
 from protocol.codec import CodecError, Encoder, FromWorkerDecoder
 from protocol.messages import FromWorker, ToWorker
+
+log = logging.getLogger(__name__)
 
 #: Longest path of a unix socket that every supported system takes.
 MAX_SOCKET_PATH = 103
@@ -97,7 +100,13 @@ class Channel:
             except CodecError as error:
                 self._on_violation(f"not a message of this protocol: {error}")
                 return
-            self._on_message(message)
+            try:
+                self._on_message(message)
+            except Exception as error:
+                # Left to the loop, it would end this turn with messages unread, of
+                # which the descriptor has already told.
+                log.exception("a message could not be handled")
+                self._on_violation(f"{type(message).__name__} could not be handled: {error}")
         self._loop.call_soon(self._pump, socket)
 
 

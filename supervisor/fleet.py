@@ -201,19 +201,24 @@ class Fleet:
         model_id = spec.model_id
         if Path(model_id).is_absolute():
             model_id = modelfiles.default_id(path)
-        while (actor := self._actors.get(model_id)) is not None and actor.state.unloading:
+        while (actor := self._actors.get(model_id)) is not None and _is_leaving(actor):
             await actor.changed()
-        if actor is None:
-            model = await self._gate(model_id, path, spec, known)
-            # Another load of the same id may have come first meanwhile.
+        if actor is not None and not _rests(actor):
+            return actor
+        model = await self._gate(model_id, path, spec, known)
+        # Another load of the same id may have come first meanwhile.
+        actor = self._actors.get(model_id)
+        if actor is not None and _rests(actor):
+            if actor.spec.account_key == model.account_key:
+                if not spec.allow_unsupported_runtime:
+                    raise _unstable(actor)
+                actor.load_again()
+                return actor
+            # Another file or backend version: its quarantine is none of ours.
+            del self._actors[model_id]
+            await actor.close()
             actor = self._actors.get(model_id)
-            if actor is None:
-                return self._create(model, spec)
-        if actor.state.readiness is Readiness.QUARANTINED:
-            if not spec.allow_unsupported_runtime:
-                raise _unstable(actor)
-            actor.load_again()
-        return actor
+        return actor if actor is not None else self._create(model, spec)
 
     async def _locate(self, spec: LoadSpec, known: ModelSetting | None) -> Path:
         if spec.path is not None:
@@ -299,6 +304,16 @@ def _resolve(setting: ModelSetting) -> tuple[str, ModelSetting]:
         return setting.id or setting.path, setting
     model_id = setting.id or modelfiles.default_id(path)
     return model_id, msgspec.structs.replace(setting, path=str(path))
+
+
+def _is_leaving(actor: Actor) -> bool:
+    """Whether its worker is on the way out, with nothing to come after it."""
+    return actor.state.unloading or (_rests(actor) and actor.state.worker_alive)
+
+
+def _rests(actor: Actor) -> bool:
+    """Whether nothing runs for the model any more: it is quarantined."""
+    return actor.state.readiness is Readiness.QUARANTINED
 
 
 def _unstable(actor: Actor) -> CodedError:

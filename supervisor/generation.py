@@ -59,7 +59,7 @@ STACK_DUMP_S = 0.2
 class Generation:
     """A live worker. ``post`` takes lifecycle events; all on the event loop.
 
-    Raises ``OSError`` when the process cannot be spawned.
+    Raises ``OSError`` or ``zmq.ZMQError`` when the process or its sockets cannot be made.
     """
 
     def __init__(
