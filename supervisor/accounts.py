@@ -31,9 +31,11 @@ class AccountKey(msgspec.Struct, frozen=True):
 class _Entry(msgspec.Struct, frozen=True, kw_only=True):
     key: AccountKey
     failed_at: list[float]
+    streak: int = 0
     level: int
     quarantined: bool
     quarantines: int
+    last_reason: str = ""
 
 
 class _File(msgspec.Struct, kw_only=True):
@@ -69,6 +71,10 @@ class AccountStore:
         entries = [self._to_disk(k, a) for k, a in self._accounts.items()]
         self._writer.save(_File(accounts=entries))
 
+    def quarantined(self, model: str) -> list[AccountKey]:
+        """The keys under which a model is quarantined, loaded or not."""
+        return [key for key, a in self._accounts.items() if key.model == model and a.quarantined]
+
     async def flush(self) -> None:
         """Wait for the pending write."""
         await self._writer.flush()
@@ -77,9 +83,11 @@ class AccountStore:
         now, wall = self._monotonic(), self._wall()
         return Account(
             times=tuple(now - max(0.0, wall - at) for at in entry.failed_at),
+            streak=entry.streak,
             level=entry.level,
             quarantined=entry.quarantined,
             quarantines=entry.quarantines,
+            last_reason=entry.last_reason,
         )
 
     def _to_disk(self, key: AccountKey, account: Account) -> _Entry:
@@ -87,7 +95,9 @@ class AccountStore:
         return _Entry(
             key=key,
             failed_at=[wall - (now - at) for at in account.times],
+            streak=account.streak,
             level=account.level,
             quarantined=account.quarantined,
             quarantines=account.quarantines,
+            last_reason=account.last_reason,
         )

@@ -22,12 +22,12 @@ import zmq
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate, Load
 from supervisor import lifecycle
-from supervisor.accounts import AccountKey, AccountStore
-from supervisor.canary import CanaryFailed, CanaryReport, run_canary
+from supervisor.accounts import AccountStore
+from supervisor.canary import CanaryFailed, CanaryImpossible, CanaryReport, run_canary
+from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.lifecycle import Command, Event, Readiness, State
 from supervisor.metrics import Metrics
-from supervisor.modelfiles import ModelFiles
 from supervisor.quarantine import FailureKind, Policy, count_in_window
 from supervisor.registry import Registry
 from supervisor.requests import RequestTable
@@ -51,22 +51,6 @@ class Services:
     socket_folder: Path
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """What to run, as the gate decided it."""
-
-    model_id: str
-    files: ModelFiles
-    backend: str
-    backend_version: str
-    context_length: int | None
-    keep_alive_sec: int | None
-
-    @property
-    def account_key(self) -> AccountKey:
-        return AccountKey(self.model_id, self.files.digest, self.backend, self.backend_version)
-
-
 class Actor:
     """A tracked model. ``on_gone`` is called once, when it is tracked no more."""
 
@@ -83,12 +67,11 @@ class Actor:
         self._generation: Generation | None = None
         self._canary: asyncio.Task[None] | None = None
         self._canary_report: CanaryReport | None = None
-        self._restart_timer: asyncio.TimerHandle | None = None
-        self._load_waiters: set[asyncio.Future[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._load_waiters: set[asyncio.Future[ReadinessView]] = set()
         self._changed = asyncio.Event()
         self._spawned_at = 0.0
         self._loaded_at: float | None = None
-        self._load_s = 0.0
         self._request_count = 0
         self._last_used_at: float | None = None
         self._task: asyncio.Task[None] | None = None
@@ -105,22 +88,31 @@ class Actor:
         """Override the quarantine. Raises ``model_conflict`` while its worker is not gone."""
         self._apply_or_conflict(lifecycle.LoadAccepted(self.state.account, probation=True))
 
-    def unload(self) -> None:
-        """Ask for the end; see ``changed``."""
-        self._apply_or_conflict(lifecycle.UnloadRequested())
+    def unload(
+        self, code: ErrorCode = ErrorCode.MODEL_UNLOADED, reason: str = "it was unloaded"
+    ) -> None:
+        """Ask for the end, and tell those who wait why; see ``changed``."""
+        self._apply_or_conflict(lifecycle.UnloadRequested(code, reason))
+
+    def abandon(self) -> None:
+        """End the task of a model whose worker is gone, without another transition."""
+        self._inbox.put_nowait(None)
 
     def release(self) -> None:
         """End the quarantine. Raises ``model_conflict`` when there is none."""
         self._apply_or_conflict(lifecycle.Released())
 
-    async def routable(self) -> None:
-        """Wait until the model takes traffic. Raises ``CodedError`` with how the load ended."""
-        if self._state is not None and self._state.readiness is Readiness.ROUTABLE:
-            return
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def routable(self) -> ReadinessView:
+        """Wait until the model takes traffic; its readiness at that moment.
+
+        Raises ``CodedError`` with how the load ended.
+        """
+        if self.state.readiness is Readiness.ROUTABLE:
+            return self.readiness()
+        waiter: asyncio.Future[ReadinessView] = asyncio.get_running_loop().create_future()
         self._load_waiters.add(waiter)
         try:
-            await waiter
+            return await waiter
         finally:
             self._load_waiters.discard(waiter)
 
@@ -141,16 +133,11 @@ class Actor:
             )
         return self._state
 
-    @property
-    def load_s(self) -> float:
-        """How long the last load took, from the spawn to routable."""
-        return self._load_s
-
     def submit(self, request: Generate, *, streaming: bool) -> RequestStream:
         """See ``Fleet.submit``."""
         self._require_routable()
         in_hand, limit = len(self._requests), self._services.settings.max_queue
-        if lifecycle.on_probation(self.state, self._services.policy, time.monotonic()):
+        if self.state.probation:
             limit = 1
         if in_hand >= limit:
             raise CodedError(
@@ -202,7 +189,7 @@ class Actor:
             updated_at=state.updated_at + to_wall,
             retry_at=None if state.retry_at is None else state.retry_at + to_wall,
             code=state.code,
-            probation=lifecycle.on_probation(state, self._services.policy, now),
+            probation=state.probation,
         )
 
     def memory_gb(self) -> float | None:
@@ -215,8 +202,8 @@ class Actor:
             return None
 
     async def close(self) -> None:
-        """End the task of a model that has no worker any more."""
-        self._inbox.put_nowait(None)
+        """End the task of a model that has no worker any more, and wait for it."""
+        self.abandon()
         if self._task is not None:
             await self._task
 
@@ -272,17 +259,16 @@ class Actor:
                 if self._generation is not None:
                     self._generation.stop(broken=command.broken)
             case lifecycle.RunCanary():
+                assert self._generation is not None
+                self._requests.connect(self._generation.send)
                 self._canary = asyncio.create_task(self._prove(command))
             case lifecycle.ScheduleRestart():
                 services.metrics.worker_restarted(spec.model_id)
-                self._restart_timer = asyncio.get_running_loop().call_later(
-                    command.delay_s,
-                    self._inbox.put_nowait,
-                    lifecycle.RestartDue(command.generation),
-                )
+                self._post_later(command.delay_s, lifecycle.RestartDue(command.generation))
+            case lifecycle.WatchProbation():
+                self._post_later(command.after_s, lifecycle.ProbationServed(command.generation))
             case lifecycle.OpenTraffic():
                 self._loaded_at = time.time()
-                self._load_s = time.monotonic() - self._spawned_at
                 self._requests.resume()
             case lifecycle.ParkRequests():
                 self._lose_worker()
@@ -300,6 +286,13 @@ class Actor:
                 self._answer_loads(command)
             case lifecycle.SaveAccount():
                 services.accounts.put(spec.account_key, command.account)
+
+    def _post_later(self, delay_s: float, event: Event) -> None:
+        # One timer is enough: a generation is waited for before it is on probation.
+        if self._timer is not None:
+            self._timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(delay_s, self._inbox.put_nowait, event)
 
     def _explain(self, reason: str) -> str:
         return f"model {self.spec.model_id!r}: {reason}"
@@ -328,14 +321,10 @@ class Actor:
                 post=self._inbox.put_nowait,
             )
         except (OSError, zmq.ZMQError) as error:
-            self._inbox.put_nowait(
-                lifecycle.WorkerExited(
-                    number, FailureKind.EXIT, f"cannot be started: {error}", random.random()
-                )
-            )
+            reason = f"no worker could be started: {error}"
+            self._inbox.put_nowait(lifecycle.SpawnFailed(number, reason))
             return
         self._generation = generation
-        self._requests.connect(generation.send)
         self._inbox.put_nowait(lifecycle.WorkerSpawned(number))
 
     def _lose_worker(self) -> None:
@@ -361,6 +350,10 @@ class Actor:
                     context_length=model.context_length,
                     strict=command.strict,
                 )
+        except CanaryImpossible as error:
+            self._inbox.put_nowait(
+                lifecycle.LoadRefused(command.generation, ErrorCode.INVALID_VALUE, str(error))
+            )
         except (CanaryFailed, TimeoutError) as error:
             reason = str(error) or f"not passed within {timeout_s:.0f} s"
             self._inbox.put_nowait(
@@ -392,6 +385,8 @@ class Actor:
     def _record_failure(self, command: lifecycle.RecordFailure) -> None:
         if command.kind is not None:
             self._services.metrics.worker_failed(self.spec.model_id, command.kind)
+        if command.code is ErrorCode.MODEL_CANARY_FAILED:
+            self._services.metrics.canary_ended(self.spec.model_id, "fail")
         tail = self._generation.output_tail if self._generation is not None else ""
         self._services.registry.add(
             model=self.spec.model_id,
@@ -418,18 +413,27 @@ class Actor:
 
     def _answer_loads(self, command: lifecycle.AnswerLoads) -> None:
         waiters, self._load_waiters = self._load_waiters, set()
+        reason = self._explain(command.reason)
+        if command.code is not None and self._state is not None:
+            log.warning("%s: load ended: %s (%s)", self.spec.model_id, command.reason, command.code)
+            if self._state.readiness is Readiness.LOADING and not self._state.unloading:
+                reason += "; it will be tried again"
         for waiter in waiters:
             if waiter.done():
                 continue
             if command.code is None:
-                waiter.set_result(None)
+                waiter.set_result(self.readiness())
             else:
-                waiter.set_exception(CodedError(command.code, self._explain(command.reason)))
+                waiter.set_exception(CodedError(command.code, reason))
 
     def _on_untracked(self) -> None:
         self._lose_worker()
-        if self._restart_timer is not None:
-            self._restart_timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        # Everyone has been answered by now, unless the machine forgot somebody.
+        self._answer_loads(
+            lifecycle.AnswerLoads(ErrorCode.MODEL_UNLOADED, "it is not tracked any more")
+        )
         self._inbox.put_nowait(None)
         self._on_gone()
 
@@ -439,9 +443,7 @@ class Actor:
             return
         model_id = self.spec.model_id
         if state.readiness is Readiness.QUARANTINED:
-            raise CodedError(
-                ErrorCode.MODEL_UNSTABLE, f"model {model_id!r} is quarantined: {state.reason}"
-            )
+            raise unstable(model_id, state.reason)
         if state.unloading:
             raise CodedError(ErrorCode.MODEL_NOT_READY, f"model {model_id!r} is being unloaded")
         wait_s = 1.0
@@ -467,3 +469,12 @@ class Actor:
                 after.readiness,
                 after.reason,
             )
+
+
+def unstable(model_id: str, reason: str) -> CodedError:
+    """The refusal of a quarantined model, with the ways out."""
+    return CodedError(
+        ErrorCode.MODEL_UNSTABLE,
+        f"model {model_id!r} is quarantined: {reason}; "
+        "release it, or load it with allow_unsupported_runtime=true to put it on probation",
+    )

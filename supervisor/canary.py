@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protocol.errors import CodedError
+import msgspec
+
+from protocol.errors import CodedError, ErrorCode
 from protocol.messages import ChatMessage, FinishReason, Generate, Sampling
 from supervisor.stream import RequestStream
 
@@ -22,15 +24,16 @@ STRICT_TOKENS = 64
 #: An answer that goes on until it is cancelled.
 CANCEL_AFTER_TOKENS = 256
 
-_MESSAGES = [
-    ChatMessage("system", "You are a helpful assistant."),
-    ChatMessage("user", "Count from one to twenty."),
-]
-_TEXT = "The quick brown fox jumps over the lazy dog. One, two, three,"
+_MESSAGES = [ChatMessage("user", "Count from one to twenty.")]
+_TEXT = "One, two, three,"
 
 
 class CanaryFailed(Exception):
     """The model did not prove itself; the message says what was wrong."""
+
+
+class CanaryImpossible(Exception):
+    """The model was loaded in a way that leaves no room to try it; no fault of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,67 +54,91 @@ Submit = Callable[[Generate], RequestStream]
 async def run_canary(
     submit: Submit, *, has_chat_template: bool, context_length: int, strict: bool
 ) -> CanaryReport:
-    """Raise ``CanaryFailed`` unless the model passes. The caller sets the deadline."""
-    tokens = min(STRICT_TOKENS if strict else TOKENS, context_length // 2)
+    """Raise ``CanaryFailed`` unless the model passes. The caller sets the deadline.
+
+    A chat template that refuses the prompt says nothing about the model, which is
+    then tried with plain text. Raises ``CanaryImpossible`` when not even that fits
+    the context.
+    """
+    tokens = STRICT_TOKENS if strict else TOKENS
+    prompts = [Generate(0, messages=_MESSAGES)] if has_chat_template else []
+    prompts.append(Generate(0, prompt=_TEXT))
     try:
-        report = await _answer(submit, has_chat_template, tokens)
-        await _cancel_midway(submit, has_chat_template)
-        await _answer(submit, has_chat_template, tokens=4)
+        for prompt in prompts:
+            canary = _Canary(submit, prompt, context_length)
+            try:
+                report = await canary.answer(tokens)
+            except CodedError as error:
+                if error.code not in _PROMPT_REFUSALS:
+                    raise
+                refusal = error
+            else:
+                await canary.cancel_midway()
+                await canary.answer(4)
+                return report
     except CodedError as error:
         raise CanaryFailed(error.message) from error
-    return report
+    raise CanaryImpossible(f"no prompt could be tried: {refusal.message}")
 
 
-async def _answer(submit: Submit, has_chat_template: bool, tokens: int) -> CanaryReport:
-    started = time.monotonic()
-    stream = submit(_request(has_chat_template, tokens))
-    texts: list[str] = []
-    try:
-        await stream.accepted()
-        first = await stream.next()
-        first_at = time.monotonic()
-        tokens_at_first = stream.completion_tokens
-        texts.append(first.text)
-        finish = first.finish
-        while finish is None:
-            chunk = await stream.next()
-            texts.append(chunk.text)
-            finish = chunk.finish
-    finally:
-        stream.close()
-    took = time.monotonic() - first_at
-    text = "".join(texts)
-    check_answer(text, finish, stream.completion_tokens, tokens)
-    return CanaryReport(
-        time_to_first_token_s=first_at - started,
-        tokens_per_s=(stream.completion_tokens - tokens_at_first) / took if took > 0 else 0.0,
-        output_digest=hashlib.sha256(text.encode()).hexdigest(),
-        prompt_tokens=stream.prompt_tokens,
-        completion_tokens=stream.completion_tokens,
-    )
+_PROMPT_REFUSALS = frozenset({ErrorCode.INVALID_VALUE, ErrorCode.CONTEXT_LENGTH_EXCEEDED})
 
 
-async def _cancel_midway(submit: Submit, has_chat_template: bool) -> None:
-    """Drop a long answer after its first text; the next answer shows that this worked."""
-    stream = submit(_request(has_chat_template, CANCEL_AFTER_TOKENS))
-    try:
-        await stream.accepted()
-        await stream.next()
-    finally:
-        stream.close()
+@dataclass(frozen=True, slots=True)
+class _Canary:
+    submit: Submit
+    prompt: Generate
+    context_length: int
 
+    async def answer(self, tokens: int) -> CanaryReport:
+        started = time.monotonic()
+        stream = self._ask(tokens)
+        texts: list[str] = []
+        try:
+            prompt_tokens = await stream.accepted()
+            first = await stream.next()
+            first_at = time.monotonic()
+            tokens_at_first = stream.completion_tokens
+            texts.append(first.text)
+            finish = first.finish
+            while finish is None:
+                chunk = await stream.next()
+                texts.append(chunk.text)
+                finish = chunk.finish
+        finally:
+            stream.close()
+        took = time.monotonic() - first_at
+        text = "".join(texts)
+        expected = min(tokens, self.context_length - prompt_tokens)
+        check_answer(text, finish, stream.completion_tokens, expected)
+        return CanaryReport(
+            time_to_first_token_s=first_at - started,
+            tokens_per_s=(stream.completion_tokens - tokens_at_first) / took if took > 0 else 0.0,
+            output_digest=hashlib.sha256(text.encode()).hexdigest(),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=stream.completion_tokens,
+        )
 
-def _request(has_chat_template: bool, max_tokens: int) -> Generate:
-    return Generate(
-        request_id=0,
-        messages=_MESSAGES if has_chat_template else None,
-        prompt=None if has_chat_template else _TEXT,
-        sampling=Sampling(temperature=0.0),
-        max_tokens=max_tokens,
-        # An instruct model may have nothing to say; that is no fault.
-        ignore_eos=True,
-        validate_logits=True,
-    )
+    async def cancel_midway(self) -> None:
+        """Drop a long answer after its first text; the next answer shows that this worked."""
+        stream = self._ask(CANCEL_AFTER_TOKENS)
+        try:
+            await stream.accepted()
+            await stream.next()
+        finally:
+            stream.close()
+
+    def _ask(self, max_tokens: int) -> RequestStream:
+        return self.submit(
+            msgspec.structs.replace(
+                self.prompt,
+                sampling=Sampling(temperature=0.0),
+                max_tokens=max_tokens,
+                # An instruct model may have nothing to say; that is no fault.
+                ignore_eos=True,
+                validate_logits=True,
+            )
+        )
 
 
 def check_answer(text: str, finish: FinishReason | None, sampled: int, max_tokens: int) -> None:

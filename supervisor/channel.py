@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +25,20 @@ log = logging.getLogger(__name__)
 #: Longest path of a unix socket that every supported system takes.
 MAX_SOCKET_PATH = 103
 
+_FOLDER_PREFIX = "run-"
+#: Room for a socket's name, and for the suffix that zmq gives it while it binds.
+_NAME_BYTES = 32
+
 #: Frames handled before other work of the event loop gets a turn.
 FRAMES_PER_TURN = 256
 
 
 class ChannelFull(Exception):
-    """The worker does not read; the message was not sent."""
+    """The worker does not read, or is not there; the message was not sent."""
+
+
+class ChannelClosed(Exception):
+    """The message was not sent: this side is closed."""
 
 
 class Channel:
@@ -53,53 +62,70 @@ class Channel:
         self._on_violation = on_violation
         self._encode = Encoder()
         self._decode = FromWorkerDecoder()
-        self.data_endpoint = f"ipc://{folder / name}.d"
-        self.beat_endpoint = f"ipc://{folder / name}.b"
-        self._data = self._bind(context, self.data_endpoint)
-        self._beats = self._bind(context, self.beat_endpoint)
+        self._sockets: list[tuple[zmq.Socket[bytes], Path]] = []
+        # The folder lives where cleaners of temporary files may come by.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._data = self._bind(context, folder / f"{name}.d")
+            beats = self._bind(context, folder / f"{name}.b")
+        except BaseException:
+            self.close()
+            raise
+        self.data_endpoint = _endpoint(self._data)
+        self.beat_endpoint = _endpoint(beats)
 
     def send(self, message: ToWorker) -> None:
-        """Raises ``ChannelFull`` instead of waiting."""
+        """Raises ``ChannelFull`` instead of waiting, and ``ChannelClosed``."""
+        if self._data.closed:
+            raise ChannelClosed
         try:
             self._data.send(self._encode(message), zmq.NOBLOCK)
         except zmq.Again as error:
             raise ChannelFull from error
         # The descriptor signals edges, and sending may have consumed one.
         if int(self._data.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._loop.call_soon(self._pump, self._data)
+            self._loop.call_soon(self._on_readable, self._data)
 
     def drain(self) -> None:
-        """Handle what has arrived, now."""
-        self._pump(self._data)
+        """Handle all that has arrived, now."""
+        while self._pump(self._data):
+            pass
 
     def close(self) -> None:
         """Idempotent; nothing is delivered afterwards."""
-        for socket in (self._data, self._beats):
+        for socket, path in self._sockets:
             if not socket.closed:
                 self._loop.remove_reader(int(socket.getsockopt(zmq.FD)))
                 socket.close(linger=0)
+                path.unlink(missing_ok=True)
 
-    def _bind(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    def _bind(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-        socket.bind(endpoint)
-        self._loop.add_reader(int(socket.getsockopt(zmq.FD)), self._pump, socket)
+        self._sockets.append((socket, path))
+        socket.bind(f"ipc://{path}")
+        self._loop.add_reader(int(socket.getsockopt(zmq.FD)), self._on_readable, socket)
         # Something may have arrived before the reader was there.
-        self._loop.call_soon(self._pump, socket)
+        self._loop.call_soon(self._on_readable, socket)
         return socket
 
-    def _pump(self, socket: zmq.Socket[bytes]) -> None:
+    def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
+        if self._pump(socket):
+            self._loop.call_soon(self._on_readable, socket)
+
+    def _pump(self, socket: zmq.Socket[bytes]) -> bool:
+        """Handle one turn's worth of frames; True when there may be more."""
         for _ in range(FRAMES_PER_TURN):
             if socket.closed:
-                return
+                return False
             try:
                 frame = socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return False
             try:
                 message = self._decode(frame)
             except CodecError as error:
                 self._on_violation(f"not a message of this protocol: {error}")
-                return
+                continue
             try:
                 self._on_message(message)
             except Exception as error:
@@ -107,15 +133,26 @@ class Channel:
                 # which the descriptor has already told.
                 log.exception("a message could not be handled")
                 self._on_violation(f"{type(message).__name__} could not be handled: {error}")
-        self._loop.call_soon(self._pump, socket)
+        return True
 
 
-def make_socket_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder only this user can enter, with a name short enough for a socket."""
-    longest_name = len("/-1234567890.d") + 20
-    for parent in (None, "/tmp"):
-        folder = tempfile.TemporaryDirectory(prefix="opta-", dir=parent)
-        if len(os.fsencode(folder.name)) + longest_name <= MAX_SOCKET_PATH:
+def _endpoint(socket: zmq.Socket[bytes]) -> str:
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def make_socket_folder(home: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder only this user can enter, with a name short enough for a socket.
+
+    In ``home``, whose lock the caller holds, where it fits: what a killed
+    supervisor left there is then swept away here.
+    """
+    for stale in home.glob(f"{_FOLDER_PREFIX}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for parent in (home, None, Path("/tmp")):
+        folder = tempfile.TemporaryDirectory(
+            prefix=_FOLDER_PREFIX, dir=parent, ignore_cleanup_errors=True
+        )
+        if len(os.fsencode(folder.name)) + _NAME_BYTES <= MAX_SOCKET_PATH:
             return folder
         folder.cleanup()
     raise OSError("no folder with a short enough path for sockets; set TMPDIR to one")

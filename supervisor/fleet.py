@@ -1,45 +1,32 @@
-"""All models of this server: the gate for loads, and the actor for every id."""
+"""All models of this server: one actor for every id, made when the gate lets a load pass."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
 import zmq
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate
-from supervisor import admission, modelfiles
 from supervisor.accounts import AccountStore
-from supervisor.actor import Actor, ModelSpec, Services
+from supervisor.actor import Actor, Services, unstable
 from supervisor.admission import BlockRule
 from supervisor.channel import make_socket_folder
+from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.lifecycle import Readiness
 from supervisor.metrics import Metrics
-from supervisor.quarantine import Policy
+from supervisor.quarantine import Policy, release
 from supervisor.registry import Registry
-from supervisor.runtimes import installed_backends
-from supervisor.settings import ModelSetting, Settings
+from supervisor.settings import Settings
 from supervisor.stream import RequestStream
 from supervisor.views import LoadResult, ModelView
 
 log = logging.getLogger(__name__)
-
-
-class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A load as an operator asks for it. ``path`` None: look the id up."""
-
-    model_id: str
-    path: str | None = None
-    backend: str | None = None
-    allow_unsupported_runtime: bool = False
-    keep_alive_sec: int | None = None
-    context_length: int | None = None
-
 
 #: Told how the load of a configured model ended; no error: it is routable.
 ReportAutoload = Callable[[str, CodedError | None], None]
@@ -60,13 +47,12 @@ class Fleet:
         *,
         on_autoload: ReportAutoload,
     ) -> None:
-        self._settings = settings
         self._on_autoload = on_autoload
-        self._blocklist = blocklist
         self._registry = Registry(settings.home)
         self._accounts = AccountStore(settings.home)
+        self._gate = Gate(settings, self._registry, blocklist)
         self._zmq_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket_folder = make_socket_folder()
+        self._socket_folder = make_socket_folder(settings.home)
         self._services = Services(
             settings=settings,
             policy=Policy(
@@ -82,8 +68,8 @@ class Fleet:
             socket_folder=Path(self._socket_folder.name),
         )
         self._actors: dict[str, Actor] = {}
-        #: Where ids were found before, so that an unloaded model can be loaded by id.
-        self._known = dict(map(_resolve, settings.models))
+        #: Ids whose loads are being looked at, with their number.
+        self._at_gate: Counter[str] = Counter()
         self._autoload: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -96,6 +82,11 @@ class Fleet:
     def model(self, model_id: str) -> ModelView:
         """Raise ``model_not_found`` for an id that is not tracked."""
         return self._actor(model_id).view()
+
+    def fingerprint(self, model_id: str) -> str:
+        """Backend and version, which with the seed decide the text. Raises ``model_not_found``."""
+        spec = self._actor(model_id).spec
+        return f"{spec.backend}-{spec.backend_version}"
 
     async def compatibility(
         self,
@@ -133,30 +124,35 @@ class Fleet:
         """Load and wait until routable. Raises ``CodedError`` with how it ended."""
         started = time.monotonic()
         actor = await self._admit(spec)
-        await actor.routable()
+        readiness = await actor.routable()
         return LoadResult(
             success=True,
             model_id=actor.spec.model_id,
             memory_after_load_gb=actor.memory_gb(),
             time_to_load_ms=round((time.monotonic() - started) * 1000, 1),
-            readiness=actor.readiness(),
+            readiness=readiness,
         )
 
-    async def unload(self, model_id: str) -> ModelView:
-        """Stop the worker, waiting for it to be gone; returns the last view before."""
+    async def unload(self, model_id: str) -> None:
+        """Stop the worker and wait for it to be gone. Raises ``model_not_found``."""
         actor = self._actor(model_id)
-        view = actor.view()
         actor.unload()
         while actor.tracked and actor.state.unloading:
             await actor.changed()
-        return view
 
-    async def release(self, model_id: str) -> ModelView:
-        """End a quarantine; returns the last view. Raises ``model_conflict`` without one."""
-        actor = self._actor(model_id)
-        view = actor.view()
-        actor.release()
-        return view
+    async def release(self, model_id: str) -> None:
+        """End a quarantine, also one from before this start of the server.
+
+        Raises ``model_not_found``, or ``model_conflict`` without a quarantine.
+        """
+        actor = self._actors.get(model_id)
+        keys = self._accounts.quarantined(model_id)
+        if actor is None and not keys:
+            self._actor(model_id)
+        if actor is not None:
+            actor.release()
+        for key in keys:
+            self._accounts.put(key, release(self._accounts.get(key)))
 
     async def start(self) -> None:
         """Begin loading the configured models, one after the other, in the background."""
@@ -174,96 +170,96 @@ class Fleet:
     async def _stop(self) -> None:
         if self._autoload is not None:
             self._autoload.cancel()
-        actors = list(self._actors.values())
-        for actor in actors:
-            actor.unload()
-        for actor in actors:
+        for actor in list(self._actors.values()):
+            actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+        for actor in list(self._actors.values()):
             while actor.tracked and actor.state.unloading:
                 await actor.changed()
             await actor.close()
         await self._registry.flush()
         await self._accounts.flush()
-        self._zmq_context.term()
+        # Not ``term``, which would wait for ever for a socket that was forgotten.
+        self._zmq_context.destroy(linger=0)
         self._socket_folder.cleanup()
 
     def _actor(self, model_id: str) -> Actor:
-        try:
-            return self._actors[model_id]
-        except KeyError:
+        actor = self._actors.get(model_id)
+        if actor is not None:
+            return actor
+        if self._at_gate[model_id]:
             raise CodedError(
-                ErrorCode.MODEL_NOT_FOUND, f"model {model_id!r} is not loaded", param="model"
-            ) from None
+                ErrorCode.MODEL_NOT_READY,
+                f"model {model_id!r} is about to be loaded",
+                retry_after_s=1.0,
+            )
+        raise CodedError(
+            ErrorCode.MODEL_NOT_FOUND, f"model {model_id!r} is not loaded", param="model"
+        )
 
     async def _admit(self, spec: LoadSpec) -> Actor:
         """The actor that loads, or has loaded, the model; a new one if the gate lets it pass."""
-        known = self._known.get(spec.model_id)
-        path = await self._locate(spec, known)
-        model_id = spec.model_id
-        if Path(model_id).is_absolute():
-            model_id = modelfiles.default_id(path)
+        model_id = self._gate.id_of(spec)
+        self._at_gate[model_id] += 1
+        try:
+            while True:
+                await self._settled(model_id)
+                actor = self._actors.get(model_id)
+                if actor is not None and not _rests(actor):
+                    await self._check_same(actor, spec)
+                    if self._actors.get(model_id) is actor and not _is_leaving(actor):
+                        return actor
+                    continue
+                model = await self._gate.admit(spec)
+                if self._stopping is not None:
+                    raise CodedError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+                # Nothing waits from here on: what is found now is what is used.
+                if self._actors.get(model_id) is actor and (
+                    actor is None or (_rests(actor) and not _is_leaving(actor))
+                ):
+                    return self._wake(actor, model, spec)
+        except CodedError as error:
+            log.warning("%s: load refused: %s (%s)", model_id, error.message, error.code)
+            raise
+        finally:
+            self._at_gate[model_id] -= 1
+            if not self._at_gate[model_id]:
+                del self._at_gate[model_id]
+
+    async def _settled(self, model_id: str) -> None:
+        """Wait until the model is not on its way out."""
         while (actor := self._actors.get(model_id)) is not None and _is_leaving(actor):
             await actor.changed()
-        if actor is not None and not _rests(actor):
+
+    async def _check_same(self, actor: Actor, spec: LoadSpec) -> None:
+        """Raise ``model_conflict`` if a load asks for something else than what is running."""
+        running = actor.spec
+        wanted = {"backend": (spec.backend, running.backend)}
+        if spec.context_length is not None:
+            wanted["context_length"] = (str(spec.context_length), str(running.context_length))
+        if spec.path is not None or Path(spec.model_id).is_absolute():
+            path = await self._gate.locate(spec)
+            wanted["path"] = (str(path), str(running.files.path))
+        for name, (asked, used) in wanted.items():
+            if asked is not None and asked != used:
+                raise CodedError(
+                    ErrorCode.MODEL_CONFLICT,
+                    f"model {running.model_id!r} is loaded with {name} {used}; "
+                    "unload it first to load it with another",
+                    param=name,
+                )
+
+    def _wake(self, actor: Actor | None, model: ModelSpec, spec: LoadSpec) -> Actor:
+        """Start what the gate admitted: a new actor, or the quarantined one on probation."""
+        if actor is not None and actor.spec.account_key == model.account_key:
+            if not spec.allow_unsupported_runtime:
+                raise unstable(actor.spec.model_id, actor.state.reason)
+            actor.load_again()
             return actor
-        model = await self._gate(model_id, path, spec, known)
-        # Another load of the same id may have come first meanwhile.
-        actor = self._actors.get(model_id)
-        if actor is not None and _rests(actor):
-            if actor.spec.account_key == model.account_key:
-                if not spec.allow_unsupported_runtime:
-                    raise _unstable(actor)
-                actor.load_again()
-                return actor
+        if actor is not None:
             # Another file or backend version: its quarantine is none of ours.
-            del self._actors[model_id]
-            await actor.close()
-            actor = self._actors.get(model_id)
-        return actor if actor is not None else self._create(model, spec)
-
-    async def _locate(self, spec: LoadSpec, known: ModelSetting | None) -> Path:
-        if spec.path is not None:
-            return Path(spec.path)
-        models_dir = self._settings.effective_models_dir
-        wanted = known.path if known is not None else spec.model_id
-        return await asyncio.to_thread(modelfiles.find, wanted, models_dir)
-
-    async def _gate(
-        self, model_id: str, path: Path, spec: LoadSpec, known: ModelSetting | None
-    ) -> ModelSpec:
-        if self._stopping is not None:
-            raise CodedError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-        requested = spec.backend or (known.backend if known is not None else None)
-        files = await asyncio.to_thread(modelfiles.inspect, path)
-        installed = await asyncio.to_thread(
-            installed_backends, simulated=self._settings.enable_simulated
-        )
-        backend = admission.choose_backend(files.format, requested, installed)
-        version = installed[backend]
-        assert version is not None
-        rule = admission.find_block(self._blocklist, files.traits(model_id), backend, version)
-        if rule is not None and not spec.allow_unsupported_runtime:
-            refusal = admission.refuse_blocked(rule, backend, version)
-            self._registry.add(
-                model=model_id,
-                backend=backend,
-                backend_version=version,
-                outcome="fail",
-                reason=refusal.message,
-                metadata={"code": refusal.code, "blocklisted": True},
-            )
-            raise refusal
-        context_length = spec.context_length or (known.context_length if known else None)
-        keep_alive = spec.keep_alive_sec
-        if keep_alive is None and known is not None:
-            keep_alive = known.keep_alive_sec
-        return ModelSpec(
-            model_id=model_id,
-            files=files,
-            backend=backend,
-            backend_version=version,
-            context_length=context_length or self._settings.context_length,
-            keep_alive_sec=keep_alive,
-        )
+            del self._actors[model.model_id]
+            actor.abandon()
+        return self._create(model, spec)
 
     def _create(self, model: ModelSpec, spec: LoadSpec) -> Actor:
         model_id = model.model_id
@@ -272,38 +268,27 @@ class Fleet:
             del self._actors[model_id]
 
         actor = Actor(model, self._services, on_gone=forget)
-        quarantined = self._accounts.get(model.account_key).quarantined
-        actor.start(probation=quarantined and spec.allow_unsupported_runtime)
         self._actors[model_id] = actor
-        self._known.setdefault(model_id, ModelSetting(path=str(model.files.path), id=model_id))
-        if actor.state.readiness is Readiness.QUARANTINED:
-            raise _unstable(actor)
+        actor.start(probation=spec.allow_unsupported_runtime)
+        if _rests(actor):
+            raise unstable(model_id, actor.state.reason)
         return actor
 
     async def _load_configured(self) -> None:
-        for model_id, setting in list(self._known.items()):
-            spec = LoadSpec(
-                model_id=model_id,
-                backend=setting.backend,
-                keep_alive_sec=setting.keep_alive_sec,
-                context_length=setting.context_length,
-            )
+        for spec in self._gate.configured:
+            failure: CodedError | None = None
             try:
                 await self.load(spec)
             except CodedError as error:
-                log.error("%s: not loaded: %s (%s)", spec.model_id, error.message, error.code)
-                self._on_autoload(spec.model_id, error)
-            else:
-                self._on_autoload(spec.model_id, None)
-
-
-def _resolve(setting: ModelSetting) -> tuple[str, ModelSetting]:
-    """The id of a configured model, and its setting with an absolute path if it is one."""
-    path = Path(setting.path).absolute()
-    if not path.exists():
-        return setting.id or setting.path, setting
-    model_id = setting.id or modelfiles.default_id(path)
-    return model_id, msgspec.structs.replace(setting, path=str(path))
+                failure = error
+            except Exception as error:
+                # One model's trouble must not keep the others from being loaded.
+                log.exception("%s: not loaded", spec.model_id)
+                failure = CodedError(ErrorCode.INTERNAL_ERROR, str(error))
+            try:
+                self._on_autoload(spec.model_id, failure)
+            except OSError as error:
+                log.warning("cannot report on %s: %s", spec.model_id, error)
 
 
 def _is_leaving(actor: Actor) -> bool:
@@ -314,11 +299,3 @@ def _is_leaving(actor: Actor) -> bool:
 def _rests(actor: Actor) -> bool:
     """Whether nothing runs for the model any more: it is quarantined."""
     return actor.state.readiness is Readiness.QUARANTINED
-
-
-def _unstable(actor: Actor) -> CodedError:
-    return CodedError(
-        ErrorCode.MODEL_UNSTABLE,
-        f"model {actor.spec.model_id!r} is quarantined: {actor.state.reason}; "
-        "release it, or load it with allow_unsupported_runtime=true to put it on probation",
-    )

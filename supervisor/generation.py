@@ -8,6 +8,7 @@ its exit, since its owner stops it for the first.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -36,24 +37,34 @@ from protocol.messages import (
     Step,
     ToWorker,
 )
-from supervisor.channel import Channel, ChannelFull
+from supervisor.channel import Channel, ChannelClosed, ChannelFull
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
 from supervisor.process import WorkerProcess
 from supervisor.quarantine import FailureKind
-from supervisor.requests import RequestTable
+from supervisor.requests import Delivery, RequestTable
 from supervisor.settings import Settings
 from supervisor.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-#: How long an exit that a message explains may wait for that message.
-LAST_WORDS_TIMEOUT_S = 1.0
+#: How long an exit that a message may explain waits for that message.
+LAST_WORDS_TIMEOUT_S = 0.5
 
 #: How often a worker's progress is looked at.
 WATCH_INTERVAL_S = 1.0
 
 #: Time for the stacks of a hung worker to be written before it is killed.
 STACK_DUMP_S = 0.2
+
+
+class _Descriptor:
+    """A file descriptor that ``contextlib.closing`` can close."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def close(self) -> None:
+        os.close(self._number)
 
 
 class Generation:
@@ -89,64 +100,65 @@ class Generation:
         self._greeted = False
         self._explained = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._channel = Channel(
-            zmq_context,
-            socket_folder,
-            secrets.token_hex(4),
-            on_message=self._on_message,
-            on_violation=self._on_violation,
-        )
-        death_read, self._death_write = os.pipe()
-        self._boot = WorkerBoot(
-            data_endpoint=self._channel.data_endpoint,
-            beat_endpoint=self._channel.beat_endpoint,
-            nonce=secrets.token_hex(16),
-            generation=number,
-            backend=backend,
-            parent_pid=os.getpid(),
-            death_fd=death_read,
-            beat_interval_s=settings.beat_interval_s,
-        )
-        try:
-            self._process = WorkerProcess(self._boot, death_read, on_exit=self._on_exit, name=name)
-        except BaseException:
-            os.close(self._death_write)
-            self._channel.close()
-            raise
-        finally:
-            os.close(death_read)
-        self._deadline = self._loop.call_later(
-            settings.start_timeout_s, self._timed_out, "started", settings.start_timeout_s
-        )
+        with contextlib.ExitStack() as undo:
+            death_read, self._death_write = os.pipe()
+            undo.callback(os.close, self._death_write)
+            with contextlib.closing(_Descriptor(death_read)):
+                self._channel = Channel(
+                    zmq_context,
+                    socket_folder,
+                    secrets.token_hex(4),
+                    on_message=self._on_message,
+                    on_violation=self._on_violation,
+                )
+                undo.callback(self._channel.close)
+                self._boot = WorkerBoot(
+                    data_endpoint=self._channel.data_endpoint,
+                    beat_endpoint=self._channel.beat_endpoint,
+                    nonce=secrets.token_hex(16),
+                    generation=number,
+                    backend=backend,
+                    parent_pid=os.getpid(),
+                    death_fd=death_read,
+                    beat_interval_s=settings.beat_interval_s,
+                )
+                self._process = WorkerProcess(
+                    self._boot, death_read, on_exit=self._on_exit, name=name
+                )
+            undo.pop_all()
+        now = time.monotonic()
         self._watchdog = Watchdog(
             {
+                Phase.STARTING: settings.start_timeout_s,
+                Phase.LOAD: settings.load_stall_s,
                 Phase.IDLE: settings.beat_timeout_s,
                 Phase.PREFILL: settings.prefill_stall_s,
                 Phase.DECODE: settings.decode_stall_s,
             },
-            time.monotonic(),
+            now,
         )
-        self._watched_at = time.monotonic()
+        self._watched_at = now
         self._watch_timer = self._loop.call_later(WATCH_INTERVAL_S, self._watch)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def send(self, message: ToWorker) -> bool:
-        """False when the worker does not read any more."""
+    def send(self, message: ToWorker) -> Delivery:
+        """Never waits."""
         try:
             self._channel.send(message)
+        except ChannelClosed:
+            return Delivery.LOST
         except ChannelFull:
-            log.warning(
-                "%s does not read its messages; %s lost", self._name, type(message).__name__
-            )
-            return False
-        return True
+            if self._process.is_dead():
+                return Delivery.LOST
+            log.warning("%s does not read; %s not sent", self._name, type(message).__name__)
+            return Delivery.BLOCKED
+        return Delivery.SENT
 
     def stop(self, *, broken: bool) -> None:
         """Bring the process down in the background; ``WorkerExited`` is posted at its end."""
-        self._deadline.cancel()
         self._watch_timer.cancel()
         if not broken:
             self.send(Shutdown())
@@ -176,8 +188,8 @@ class Generation:
             case LoadProgress():
                 self.load_fraction = message.fraction
             case Loaded():
-                self._deadline.cancel()
                 self.model = message
+                self._watchdog.enter(Phase.IDLE, time.monotonic())
                 self._post(WorkerLoaded(self.number))
             case Accepted():
                 self._requests.accept(message)
@@ -196,7 +208,6 @@ class Generation:
             self._on_violation(str(error))
             return
         self._greeted = True
-        self._deadline.cancel()
         if hello.backend_version != self._backend_version:
             # What this generation does would be remembered under the wrong version.
             reason = (
@@ -205,9 +216,7 @@ class Generation:
             )
             self._post(LoadRefused(self.number, ErrorCode.MODEL_UNSUPPORTED_BACKEND, reason))
             return
-        self._deadline = self._loop.call_later(
-            self._settings.load_timeout_s, self._timed_out, "loaded", self._settings.load_timeout_s
-        )
+        self._watchdog.enter(Phase.LOAD, time.monotonic())
         self.send(self._load)
 
     def _on_load_failed(self, message: LoadFailed) -> None:
@@ -222,23 +231,22 @@ class Generation:
 
     # --- what the clock says ---
 
-    def _timed_out(self, what: str, limit_s: float) -> None:
-        self._fail(FailureKind.LOAD_TIMEOUT, f"not {what} within {limit_s:.0f} s")
-
     def _watch(self) -> None:
         now = time.monotonic()
         if now - self._watched_at > 5 * WATCH_INTERVAL_S:
             self._watchdog.forgive(now)
         self._watched_at = now
         if (reason := self._watchdog.verdict(now)) is not None:
-            self._start(self._fail_hung(reason))
+            loading = self._watchdog.phase in {Phase.STARTING, Phase.LOAD}
+            kind = FailureKind.LOAD_TIMEOUT if loading else FailureKind.HANG
+            self._start(self._fail_hung(kind, reason))
             return
         self._watch_timer = self._loop.call_later(WATCH_INTERVAL_S, self._watch)
 
-    async def _fail_hung(self, reason: str) -> None:
+    async def _fail_hung(self, kind: FailureKind, reason: str) -> None:
         self._process.dump_stacks()
         await asyncio.sleep(STACK_DUMP_S)
-        self._fail(FailureKind.HANG, reason)
+        self._fail(kind, reason)
 
     # --- how it ends ---
 
@@ -247,18 +255,16 @@ class Generation:
 
     def _on_exit(self) -> None:
         os.close(self._death_write)
-        self._deadline.cancel()
         self._watch_timer.cancel()
         self._start(self._report_exit())
 
     async def _report_exit(self) -> None:
         self._channel.drain()
-        if self._process.exit_status == EXIT_FAULT:
-            try:
+        if self._process.exit_status == EXIT_FAULT or self.model is None:
+            # Its last message may still be on the way, and explains the exit.
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
                     await self._explained.wait()
-            except TimeoutError:
-                pass
         self._channel.close()
         kind, reason = self._process.describe_exit()
         if tail := self._process.output_tail.strip():

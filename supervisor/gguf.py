@@ -5,10 +5,11 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 an
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from protocol.errors import CodedError, ErrorCode
 
@@ -21,19 +22,19 @@ MAX_TENSORS = 1_000_000
 MAX_KEYS = 100_000
 MAX_ARRAY_STRINGS = 10_000_000
 
-_SCALARS = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
+#: A header of a large vocabulary has a few MB.
+READ_BYTES = 1024 * 1024
+
+_CUT = "it ends in the middle of its header"
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+_INTEGERS = {
+    0: struct.Struct("<B"), 1: struct.Struct("<b"), 2: struct.Struct("<H"),
+    3: struct.Struct("<h"), 4: _U32, 5: struct.Struct("<i"), 7: struct.Struct("<?"),
+    10: _U64, 11: struct.Struct("<q"),
+}  # fmt: skip
+_SIZES = {kind: layout.size for kind, layout in _INTEGERS.items()} | {6: 4, 12: 8}
 _STRING, _ARRAY = 8, 9
 
 #: ggml tensor type: elements per block, bytes per block.
@@ -70,73 +71,81 @@ class _Malformed(Exception):
 
 
 class _Cursor:
-    """Reads values one after the other; running off the end raises ``_Malformed``."""
+    """Reads values one after the other; running off the end raises ``_Malformed``.
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data = data
+    Reads, never maps: a mapped file that somebody truncates meanwhile would end
+    this process with a SIGBUS.
+    """
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._left = size
         self.at = 0
 
     def take(self, size: int) -> bytes:
-        end = self.at + size
-        if size < 0 or end > len(self._data):
-            raise _Malformed("it ends in the middle of its header")
-        value = self._data[self.at : end]
-        self.at = end
+        self._advance(size)
+        value = self._file.read(size)
+        if len(value) != size:
+            raise _Malformed(_CUT)
         return value
 
     def skip(self, size: int) -> None:
-        if size > len(self._data) - self.at:
-            raise _Malformed("it ends in the middle of its header")
-        self.at += size
+        self._advance(size)
+        self._file.seek(size, os.SEEK_CUR)
 
-    def number(self, layout: str) -> int:
-        (value,) = struct.unpack(layout, self.take(struct.calcsize(layout)))
+    def number(self, layout: struct.Struct) -> int:
+        (value,) = layout.unpack(self.take(layout.size))
         return int(value)
 
     def text(self) -> str:
-        return self.take(self.number("<Q")).decode(errors="replace")
+        return self.take(self.number(_U64)).decode(errors="replace")
+
+    def _advance(self, size: int) -> None:
+        if size > self._left:
+            raise _Malformed(_CUT)
+        self._left -= size
+        self.at += size
 
 
 def read_header(path: Path) -> GgufHeader:
     """Check structure and size, and return what the gate needs.
 
     Raises ``model_incomplete`` for an empty, truncated or damaged file,
-    ``model_unsupported_backend`` for another format or an unknown version.
+    ``model_unsupported_backend`` for another format or an unknown version, and
+    ``OSError``.
     """
-    if path.stat().st_size == 0:
-        raise _incomplete(path, "it is empty")
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
-        if data[:4] != MAGIC:
-            if MAGIC.startswith(data[:4]):
-                raise _incomplete(path, "it ends in the middle of its header")
+    with path.open("rb", buffering=READ_BYTES) as file:
+        size = os.fstat(file.fileno()).st_size
+        magic = file.read(len(MAGIC))
+        if magic != MAGIC and MAGIC.startswith(magic):
+            raise _incomplete(path, "it is empty" if not magic else _CUT)
+        if magic != MAGIC:
             raise CodedError(
                 ErrorCode.MODEL_UNSUPPORTED_BACKEND,
                 f"{path.name} is not a GGUF file, nor a model folder",
             )
+        file.seek(0)
         try:
-            return _parse(_Cursor(data), len(data), path)
-        except (_Malformed, struct.error) as error:
+            return _parse(_Cursor(file, size), size, path)
+        except _Malformed as error:
             raise _incomplete(path, str(error)) from error
 
 
 def _parse(cursor: _Cursor, file_size: int, path: Path) -> GgufHeader:
     cursor.skip(len(MAGIC))
-    version = cursor.number("<I")
+    version = cursor.number(_U32)
     if version not in VERSIONS:
         raise CodedError(
             ErrorCode.MODEL_UNSUPPORTED_BACKEND,
             f"{path.name} is GGUF version {version}; versions {VERSIONS} are known",
         )
-    tensors, keys = cursor.number("<Q"), cursor.number("<Q")
+    tensors, keys = cursor.number(_U64), cursor.number(_U64)
     if tensors > MAX_TENSORS or keys > MAX_KEYS:
         raise _Malformed(f"its header claims {tensors} tensors and {keys} keys")
     values: dict[str, str | int] = {}
     for _ in range(keys):
         key = cursor.text()
-        kind = cursor.number("<I")
+        kind = cursor.number(_U32)
         value = _read_value(cursor, kind)
         if value is not None:
             values[key] = value
@@ -155,20 +164,19 @@ def _read_value(cursor: _Cursor, kind: int) -> str | int | None:
     """A string or a number; None for an array, which is skipped."""
     if kind == _STRING:
         return cursor.text()
-    if kind in _SCALARS:
-        layout = _SCALARS[kind]
-        if layout in {"<f", "<d"}:
-            cursor.skip(struct.calcsize(layout))
-            return None
-        return cursor.number(layout)
+    if kind in _INTEGERS:
+        return cursor.number(_INTEGERS[kind])
+    if kind in _SIZES:
+        cursor.skip(_SIZES[kind])
+        return None
     if kind != _ARRAY:
         raise _Malformed(f"its header has a value of unknown type {kind}")
-    item_kind, length = cursor.number("<I"), cursor.number("<Q")
-    if item_kind in _SCALARS:
-        cursor.skip(struct.calcsize(_SCALARS[item_kind]) * length)
+    item_kind, length = cursor.number(_U32), cursor.number(_U64)
+    if item_kind in _SIZES:
+        cursor.skip(_SIZES[item_kind] * length)
     elif item_kind == _STRING and length <= MAX_ARRAY_STRINGS:
         for _ in range(length):
-            cursor.skip(cursor.number("<Q"))
+            cursor.skip(cursor.number(_U64))
     else:
         raise _Malformed(f"its header has an array of {length} values of type {item_kind}")
     return None
@@ -178,15 +186,15 @@ def _check_tensors(cursor: _Cursor, tensors: int, alignment: int, file_size: int
     """The last byte of every tensor of a known type must be in the file."""
     end = 0
     for _ in range(tensors):
-        cursor.skip(cursor.number("<Q"))
-        dimensions = cursor.number("<I")
+        cursor.skip(cursor.number(_U64))
+        dimensions = cursor.number(_U32)
         if dimensions > 8:
             raise _Malformed(f"its header has a tensor of {dimensions} dimensions")
         elements = 1
         for _ in range(dimensions):
-            elements *= cursor.number("<Q")
-        per_block, block_bytes = _BLOCKS.get(cursor.number("<I"), (1, 0))
-        end = max(end, cursor.number("<Q") + elements // per_block * block_bytes)
+            elements *= cursor.number(_U64)
+        per_block, block_bytes = _BLOCKS.get(cursor.number(_U32), (1, 0))
+        end = max(end, cursor.number(_U64) + elements // per_block * block_bytes)
     start = -(-cursor.at // alignment) * alignment
     if start + end > file_size:
         raise _Malformed(

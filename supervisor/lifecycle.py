@@ -9,15 +9,17 @@ a model that is not tracked. An event that makes no sense raises
 from                               on                     to
 =================================  =====================  ====================
 none, quarantined (override)       LoadAccepted           admitted
+admitted, loading                  SpawnFailed            loading
 admitted                           WorkerSpawned          loading
 loading                            WorkerLoaded           canary_pending
 canary_pending                     CanaryPassed           routable
 admitted, loading, canary_pending  counted failure        loading, quarantined
 routable                           counted failure        loading, quarantined
-admitted, loading                  LoadRefused            none
+admitted, loading, canary_pending  LoadRefused            none
 any but quarantined                UnloadRequested        none
 quarantined                        UnloadRequested        quarantined
 quarantined                        Released               none
+on probation                       Released               the same, off probation
 =================================  =====================  ====================
 """
 
@@ -26,12 +28,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from protocol.errors import ErrorCode
+from protocol.errors import UNCOUNTED_LOAD_FAILURES, ErrorCode
 from supervisor.quarantine import (
     Account,
     FailureKind,
     Policy,
-    enter_probation,
     record_failure,
     release,
     restart_delay,
@@ -59,7 +60,8 @@ class State:
     ``worker_alive`` is true from the spawn until the process is reaped; at most
     one generation is alive. ``failed`` marks a generation whose failure has been
     counted while its process still has to go. ``retry_at`` is set while a
-    restart waits for its delay.
+    restart waits for its delay. On ``probation`` the account stays quarantined,
+    so that neither an unload nor a restart of the server is a way out.
     """
 
     readiness: Readiness
@@ -91,6 +93,14 @@ class LoadAccepted:
 @dataclass(frozen=True, slots=True)
 class WorkerSpawned:
     generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnFailed:
+    """No process could be made: our own trouble, never the model's."""
+
+    generation: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +148,18 @@ class RestartDue:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbationServed:
+    """A model on probation has been routable for a whole window."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class UnloadRequested:
-    pass
+    """``code`` and ``reason`` are for those who wait for the model."""
+
+    code: ErrorCode = ErrorCode.MODEL_UNLOADED
+    reason: str = "it was unloaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +170,14 @@ class Released:
 Event = (
     LoadAccepted
     | WorkerSpawned
+    | SpawnFailed
     | WorkerLoaded
     | CanaryPassed
     | LoadRefused
     | WorkerFailed
     | WorkerExited
     | RestartDue
+    | ProbationServed
     | UnloadRequested
     | Released
 )
@@ -186,6 +208,14 @@ class RunCanary:
 class ScheduleRestart:
     generation: int
     delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WatchProbation:
+    """Post ``ProbationServed`` after so long, if this generation is still routable."""
+
+    generation: int
+    after_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +274,7 @@ Command = (
     | StopWorker
     | RunCanary
     | ScheduleRestart
+    | WatchProbation
     | OpenTraffic
     | ParkRequests
     | FailRequests
@@ -255,14 +286,17 @@ Command = (
 
 Outcome = tuple[State | None, list[Command]]
 
+#: Until the next try after a failure of our own to start a process.
+SPAWN_RETRY_S = 5.0
+
 
 def transition(state: State | None, event: Event, policy: Policy, now: float) -> Outcome:
     """Apply one event. Raises ``IllegalEvent``."""
     if state is None:
-        if isinstance(event, LoadAccepted) and not event.account.quarantined:
-            return _admit(event.account, generation=0, probation=False, now=now)
         if isinstance(event, LoadAccepted):
-            return _restore_quarantine(event, now)
+            if event.account.quarantined and not event.probation:
+                return _restore_quarantine(event.account, now)
+            return _admit(event.account, generation=0, now=now)
         raise IllegalEvent(f"{type(event).__name__} for a model that is not tracked")
     match event:
         case LoadAccepted():
@@ -270,10 +304,9 @@ def transition(state: State | None, event: Event, policy: Policy, now: float) ->
                 raise IllegalEvent(f"a load cannot start in state {state.readiness}")
             if state.worker_alive:
                 raise IllegalEvent("the quarantined worker is not gone yet")
-            account = enter_probation(state.account)
-            return _admit(account, generation=state.generation, probation=True, now=now)
+            return _admit(state.account, generation=state.generation, now=now)
         case UnloadRequested():
-            return _unload(state, now)
+            return _unload(state, event, now)
         case Released():
             return _release(state)
         case _ if event.generation > state.generation:
@@ -284,11 +317,17 @@ def transition(state: State | None, event: Event, policy: Policy, now: float) ->
             _require(state, event, Readiness.ADMITTED, Readiness.LOADING)
             if state.unloading:
                 return state, []
-            return replace(state, readiness=Readiness.LOADING, reason="loading", updated_at=now), []
+            # After a failure, that is the reason until the model is well again.
+            reason = "loading" if state.code is None else state.reason
+            return replace(state, readiness=Readiness.LOADING, reason=reason, updated_at=now), []
+        case SpawnFailed():
+            return _spawn_failed(state, event, now)
         case WorkerLoaded():
             return _loaded(state, event, now)
         case CanaryPassed():
-            return _canary_passed(state, event, now)
+            return _canary_passed(state, event, policy, now)
+        case ProbationServed():
+            return _probation_served(state, event)
         case LoadRefused():
             return _load_refused(state, event, now)
         case WorkerFailed():
@@ -300,14 +339,7 @@ def transition(state: State | None, event: Event, policy: Policy, now: float) ->
         case RestartDue():
             if state.retry_at is None:
                 return state, []
-            return _spawn(replace(state, retry_at=None, reason="restarting", updated_at=now))
-
-
-def on_probation(state: State, policy: Policy, now: float) -> bool:
-    """Whether one more failure re-quarantines: until a whole window passed in health."""
-    if not state.probation:
-        return False
-    return state.routable_since is None or now - state.routable_since < policy.window_s
+            return _spawn(replace(state, retry_at=None, updated_at=now))
 
 
 def _require(state: State, event: Event, *allowed: Readiness) -> None:
@@ -315,31 +347,46 @@ def _require(state: State, event: Event, *allowed: Readiness) -> None:
         raise IllegalEvent(f"{type(event).__name__} in state {state.readiness}")
 
 
-def _admit(account: Account, *, generation: int, probation: bool, now: float) -> Outcome:
+def _admit(account: Account, *, generation: int, now: float) -> Outcome:
     state = State(
         readiness=Readiness.ADMITTED,
-        reason="on probation" if probation else "accepted",
+        reason="on probation" if account.quarantined else "accepted",
         updated_at=now,
         account=account,
         generation=generation,
-        probation=probation,
+        probation=account.quarantined,
     )
-    spawned, commands = _spawn(state)
-    return spawned, [SaveAccount(account), *commands] if probation else commands
+    return _spawn(state)
 
 
-def _restore_quarantine(event: LoadAccepted, now: float) -> Outcome:
+def _restore_quarantine(account: Account, now: float) -> Outcome:
     state = State(
         readiness=Readiness.QUARANTINED,
-        reason="quarantined before this start of the server",
+        reason=account.last_reason or "failed too often",
         updated_at=now,
-        account=event.account,
+        account=account,
         code=ErrorCode.MODEL_UNSTABLE,
     )
-    if event.probation:
-        account = enter_probation(event.account)
-        return _admit(account, generation=0, probation=True, now=now)
     return state, [AnswerLoads(ErrorCode.MODEL_UNSTABLE, state.reason)]
+
+
+def _spawn_failed(state: State, event: SpawnFailed, now: float) -> Outcome:
+    _require(state, event, Readiness.ADMITTED, Readiness.LOADING)
+    if state.unloading:
+        return None, []
+    state = replace(
+        state,
+        readiness=Readiness.LOADING,
+        reason=event.reason,
+        code=ErrorCode.INTERNAL_ERROR,
+        updated_at=now,
+        worker_alive=False,
+        retry_at=now + SPAWN_RETRY_S,
+    )
+    return state, [
+        AnswerLoads(ErrorCode.INTERNAL_ERROR, event.reason),
+        ScheduleRestart(state.generation, SPAWN_RETRY_S),
+    ]
 
 
 def _spawn(state: State) -> Outcome:
@@ -358,7 +405,7 @@ def _loaded(state: State, event: WorkerLoaded, now: float) -> Outcome:
     return state, [RunCanary(state.generation, strict=state.probation)]
 
 
-def _canary_passed(state: State, event: CanaryPassed, now: float) -> Outcome:
+def _canary_passed(state: State, event: CanaryPassed, policy: Policy, now: float) -> Outcome:
     if state.failed or state.unloading:
         return state, []
     _require(state, event, Readiness.CANARY_PENDING)
@@ -370,20 +417,34 @@ def _canary_passed(state: State, event: CanaryPassed, now: float) -> Outcome:
         updated_at=now,
         routable_since=now,
     )
-    return state, [RecordPass(), AnswerLoads(), OpenTraffic(state.generation)]
+    commands: list[Command] = [RecordPass(), AnswerLoads(), OpenTraffic(state.generation)]
+    if state.probation:
+        commands.append(WatchProbation(state.generation, policy.window_s))
+    return state, commands
+
+
+def _probation_served(state: State, event: ProbationServed) -> Outcome:
+    if state.failed or state.unloading or not state.probation:
+        return state, []
+    _require(state, event, Readiness.ROUTABLE)
+    account = release(state.account)
+    return replace(state, account=account, probation=False), [SaveAccount(account)]
 
 
 def _load_refused(state: State, event: LoadRefused, now: float) -> Outcome:
     if state.failed or state.unloading:
         return state, []
-    _require(state, event, Readiness.ADMITTED, Readiness.LOADING)
+    _require(state, event, Readiness.ADMITTED, Readiness.LOADING, Readiness.CANARY_PENDING)
     state = replace(state, unloading=True, reason=event.reason, code=event.code, updated_at=now)
-    return state, [
-        RecordFailure(None, event.code, event.reason),
+    commands: list[Command] = [
         AnswerLoads(event.code, event.reason),
         FailRequests(event.code, event.reason),
         StopWorker(state.generation, broken=True),
     ]
+    # The others tell about the request for a load, not about the model.
+    if event.code in UNCOUNTED_LOAD_FAILURES:
+        commands.insert(0, RecordFailure(None, event.code, event.reason))
+    return state, commands
 
 
 _LOAD_ENDED_AT = {
@@ -404,14 +465,8 @@ def _count_failure(
     state: State, kind: FailureKind, reason: str, jitter: float, policy: Policy, now: float
 ) -> Outcome:
     """Count a failure of the current generation, whose process is still there."""
-    healthy_s = 0.0 if state.routable_since is None else now - state.routable_since
-    account = record_failure(
-        state.account,
-        policy,
-        now,
-        healthy_s=healthy_s,
-        probation=on_probation(state, policy, now),
-    )
+    healthy_s = None if state.routable_since is None else now - state.routable_since
+    account = record_failure(state.account, policy, now, healthy_s=healthy_s, reason=reason)
     code = _code_of(state, kind)
     state = replace(
         state,
@@ -458,7 +513,7 @@ def _exited(state: State, event: WorkerExited, policy: Policy, now: float) -> Ou
     return state, [*commands, ScheduleRestart(state.generation, state.restart_delay_s)]
 
 
-def _unload(state: State, now: float) -> Outcome:
+def _unload(state: State, event: UnloadRequested, now: float) -> Outcome:
     if state.unloading:
         return state, []
     stop: list[Command] = []
@@ -468,10 +523,9 @@ def _unload(state: State, now: float) -> Outcome:
         stop = [StopWorker(state.generation, broken=loading)]
     if state.readiness is Readiness.QUARANTINED:
         return replace(state, unloading=state.worker_alive), stop
-    gone = "the model was unloaded"
     commands: list[Command] = [
-        AnswerLoads(ErrorCode.MODEL_UNLOADED, gone),
-        FailRequests(ErrorCode.MODEL_UNLOADED, gone),
+        AnswerLoads(event.code, event.reason),
+        FailRequests(event.code, event.reason),
         *stop,
     ]
     if not state.worker_alive:
@@ -480,6 +534,9 @@ def _unload(state: State, now: float) -> Outcome:
 
 
 def _release(state: State) -> Outcome:
+    if state.probation:
+        account = release(state.account)
+        return replace(state, account=account, probation=False), [SaveAccount(account)]
     if state.readiness is not Readiness.QUARANTINED:
         raise IllegalEvent(f"nothing to release in state {state.readiness}")
     if state.worker_alive:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import msgspec
 
@@ -47,28 +47,47 @@ def default_id(path: Path) -> str:
     return path.name.removesuffix(SIMULATED_SUFFIX).removesuffix(".gguf")
 
 
+def canonical_id(model_id: str) -> str:
+    """An id in the one way it is kept: a file's name in the models folder loses its suffix."""
+    return model_id.removesuffix(SIMULATED_SUFFIX).removesuffix(".gguf")
+
+
+def exists(path: Path) -> bool:
+    """False also for a path that no file system takes."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def find(model_id: str, models_dir: Path) -> Path:
     """The path of an id in the models folder; an absolute path stands for itself.
 
     A hub model ``org/name`` is a folder, a GGUF of it ``org/name:file-stem``.
     Raises ``model_not_found``.
     """
-    if Path(model_id).is_absolute():
+    if PurePosixPath(model_id).is_absolute():
         candidates = [Path(model_id)]
-    elif not model_id or ".." in Path(model_id).parts:
+    elif not _is_plain(model_id):
         candidates = []
     else:
-        repo, _, stem = model_id.partition(":")
-        base = models_dir / repo / stem if stem else models_dir / model_id
+        repo, _, stem = canonical_id(model_id).partition(":")
+        base = models_dir / repo / stem if stem else models_dir / repo
         candidates = [
             base,
             base.with_name(base.name + ".gguf"),
             base.with_name(base.name + SIMULATED_SUFFIX),
         ]
     for candidate in candidates:
-        if candidate.exists():
+        if exists(candidate):
             return candidate
     raise CodedError(ErrorCode.MODEL_NOT_FOUND, f"no model {model_id!r} here", param="model_id")
+
+
+def _is_plain(model_id: str) -> bool:
+    """Whether an id has one spelling only and stays below the models folder."""
+    parts = PurePosixPath(model_id).parts
+    return bool(parts) and ".." not in parts and str(PurePosixPath(model_id)) == model_id
 
 
 def inspect(path: Path) -> ModelFiles:
@@ -81,10 +100,8 @@ def inspect(path: Path) -> ModelFiles:
             return _found([path], path, "simulated", "simulated", "")
         if path.is_file():
             return _inspect_gguf(path)
-    except OSError as error:
-        raise CodedError(
-            ErrorCode.MODEL_INCOMPLETE, f"cannot read {path.name}: {error.strerror}"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise CodedError(ErrorCode.MODEL_INCOMPLETE, f"cannot read {path.name}: {error}") from error
     raise CodedError(ErrorCode.MODEL_NOT_FOUND, f"no model at {path}", param="path")
 
 
@@ -96,9 +113,7 @@ def _inspect_gguf(path: Path) -> ModelFiles:
 def _inspect_folder(path: Path) -> ModelFiles:
     config_path = path / "config.json"
     if not config_path.is_file():
-        raise CodedError(
-            ErrorCode.MODEL_INCOMPLETE, f"{path.name} has no config.json", param="path"
-        )
+        raise CodedError(ErrorCode.MODEL_INCOMPLETE, f"{path} has no config.json", param="path")
     try:
         with config_path.open("rb") as file:
             config = msgspec.json.decode(file.read(MAX_CONFIG_BYTES), type=_Config)
@@ -106,7 +121,9 @@ def _inspect_folder(path: Path) -> ModelFiles:
         raise CodedError(
             ErrorCode.MODEL_INCOMPLETE, f"{path.name}/config.json cannot be read: {error}"
         ) from error
-    files = sorted(p for p in path.iterdir() if p.suffix in {".safetensors", ".json", ".jinja"})
+    # Regular files only: opening a pipe would wait for ever.
+    suffixes = {".safetensors", ".json", ".jinja"}
+    files = sorted(p for p in path.iterdir() if p.suffix in suffixes and p.is_file())
     quantization = ""
     if config.quantization is not None:
         quantization = f"{config.quantization.get('bits', '?')}bit"

@@ -16,10 +16,15 @@ import sys
 import threading
 from collections.abc import Callable
 
+import psutil
+
 from protocol.handshake import BOOT_ENV, WorkerBoot, encode_boot
 from supervisor.quarantine import FailureKind
 
 log = logging.getLogger(__name__)
+
+#: Between SIGTERM and SIGKILL for a worker from which nothing is expected.
+BROKEN_GRACE_S = 1.0
 
 #: How much of a worker's output is kept for the reason of a failure.
 OUTPUT_TAIL_BYTES = 64 * 1024
@@ -99,18 +104,24 @@ class WorkerProcess:
     async def stop(self, *, grace_s: float, broken: bool) -> None:
         """SIGTERM, then SIGKILL after ``grace_s``, to the group; waits for the end.
 
-        ``broken``: no use in asking, SIGKILL at once. A worker that is asked was
-        told to shut down before; SIGTERM is for one that did not listen.
+        A worker that is not ``broken`` was asked to shut down before this call and
+        gets ``grace_s`` for that, too; from a broken one nothing is expected.
         """
-        if not broken:
-            if await self._wait(grace_s):
-                return
-            self._signal(signal.SIGTERM)
-            if await self._wait(grace_s):
-                return
+        if not broken and await self._wait(grace_s):
+            return
         if not self._exited.is_set():
-            self._signal(signal.SIGKILL)
+            self._signal(signal.SIGTERM)
+        if await self._wait(min(grace_s, BROKEN_GRACE_S) if broken else grace_s):
+            return
+        self._signal(signal.SIGKILL)
         await self._exited.wait()
+
+    def is_dead(self) -> bool:
+        """Whether the process has ended, also before ``on_exit`` told so."""
+        try:
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
 
     def dump_stacks(self) -> None:
         """Make the worker print its Python stacks; they appear in ``output_tail``."""

@@ -25,7 +25,8 @@ class FailureKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """``threshold`` failures within ``window_s`` quarantine a model (``>=``).
+    """``threshold`` failures within ``window_s`` quarantine a model (``>=``), and so do
+    that many in a row without being routable in between, however slowly they come.
 
     Every ``decay_s`` of healthy time takes one level off the restart delay.
     """
@@ -40,15 +41,19 @@ class Policy:
 class Account:
     """The failures of one model, file digest, backend and backend version.
 
-    ``times`` are those of the counted failures, oldest first; ``level`` drives
-    the restart delay; ``quarantines`` counts how often the threshold was
-    reached and is not forgotten by a release.
+    ``times`` are those of the counted failures, oldest first; ``streak`` is how
+    many came since the model was last routable; ``level`` drives the restart
+    delay; ``quarantines`` counts how often the model was quarantined and is not
+    forgotten by a release; ``last_reason`` tells of the last failure. On probation
+    an account stays ``quarantined``.
     """
 
     times: tuple[float, ...] = ()
+    streak: int = 0
     level: int = 0
     quarantined: bool = False
     quarantines: int = 0
+    last_reason: str = ""
 
 
 def count_in_window(account: Account, policy: Policy, now: float) -> int:
@@ -57,20 +62,25 @@ def count_in_window(account: Account, policy: Policy, now: float) -> int:
 
 
 def record_failure(
-    account: Account, policy: Policy, now: float, *, healthy_s: float = 0.0, probation: bool = False
+    account: Account, policy: Policy, now: float, *, healthy_s: float | None, reason: str = ""
 ) -> Account:
     """Count one failure; quarantine at the threshold, on probation at once.
 
-    ``healthy_s`` is how long the model had been routable when it failed.
+    ``healthy_s`` is how long the model had been routable when it failed, None if
+    it never got there.
     """
     times = (*(t for t in account.times if now - t < policy.window_s), now)
-    level = max(0, account.level - int(healthy_s // policy.decay_s)) + 1
-    quarantined = probation or len(times) >= policy.threshold
+    streak = account.streak + 1 if healthy_s is None else 1
+    level = max(0, account.level - int((healthy_s or 0.0) // policy.decay_s)) + 1
+    on_probation = account.quarantined
+    quarantined = on_probation or max(len(times), streak) >= policy.threshold
     return Account(
         times=times,
+        streak=streak,
         level=level,
         quarantined=quarantined,
         quarantines=account.quarantines + quarantined,
+        last_reason=reason,
     )
 
 
@@ -87,11 +97,6 @@ def restart_delay(account: Account, policy: Policy, jitter: float) -> float:
     return delay * (0.5 + 0.5 * jitter)
 
 
-def enter_probation(account: Account) -> Account:
-    """Let a quarantined model try again while its failures stay on record."""
-    return replace(account, quarantined=False)
-
-
 def release(account: Account) -> Account:
-    """End a quarantine by the operator's word: the window starts empty."""
-    return replace(account, times=(), quarantined=False)
+    """End a quarantine, by the operator's word or a probation served: a clean window."""
+    return replace(account, times=(), streak=0, quarantined=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import count
 
 import msgspec
@@ -24,15 +25,28 @@ MAX_RUNS = 2
 #: Ids are unique within one supervisor, so that no message can be mistaken.
 _ids = count(1)
 
-#: Hands a message to the worker; False when it does not read any more.
-SendToWorker = Callable[[ToWorker], bool]
+
+class Delivery(StrEnum):
+    """What became of a message to the worker."""
+
+    SENT = "sent"
+    #: The worker is dying or dead; its exit is about to be told.
+    LOST = "lost"
+    #: The worker is alive and does not read.
+    BLOCKED = "blocked"
+
+
+SendToWorker = Callable[[ToWorker], Delivery]
 
 
 @dataclass(slots=True)
 class _Entry:
+    """``sent``: the connected worker has it. ``runs`` counts how often one had it."""
+
     request: Generate
     stream: RequestStream
     is_canary: bool
+    sent: bool = False
     runs: int = 0
 
 
@@ -48,17 +62,17 @@ class RequestTable:
         return len(self._entries)
 
     def connect(self, send: SendToWorker) -> None:
-        """From now on ``send`` reaches the worker."""
+        """From now on ``send`` reaches a worker that has loaded its model."""
         self._send = send
 
     def disconnect(self) -> None:
-        """The worker is lost; what is submitted now waits for the next one."""
+        """The worker is lost; nothing reaches it any more."""
         self._send = None
 
     def open(self, request: Generate, *, streaming: bool, is_canary: bool = False) -> RequestStream:
         """Send a request to the connected worker and return its stream.
 
-        Raises ``rate_limit_exceeded`` when the worker does not take it.
+        Raises ``rate_limit_exceeded`` when the worker is alive and does not take it.
         """
         request_id = next(_ids)
 
@@ -71,7 +85,7 @@ class RequestTable:
         )
         entry = _Entry(msgspec.structs.replace(request, request_id=request_id), stream, is_canary)
         if not self._run(entry):
-            raise _worker_busy()
+            raise _worker_blocked()
         self._entries[request_id] = entry
         return stream
 
@@ -106,6 +120,7 @@ class RequestTable:
                 del self._entries[request_id]
                 entry.stream.fail(error)
             else:
+                entry.sent = False
                 entry.stream.restart()
 
     def resume(self) -> None:
@@ -113,7 +128,7 @@ class RequestTable:
         for request_id, entry in list(self._entries.items()):
             if not self._run(entry):
                 del self._entries[request_id]
-                entry.stream.fail(_worker_busy())
+                entry.stream.fail(_worker_blocked())
 
     def fail_all(self, error: CodedError) -> None:
         entries, self._entries = self._entries, {}
@@ -121,16 +136,25 @@ class RequestTable:
             entry.stream.fail(error)
 
     def _run(self, entry: _Entry) -> bool:
-        assert self._send is not None
-        entry.runs += 1
-        return self._send(entry.request)
+        """Give a request to the worker; False when that does not read.
+
+        A request that is lost with its worker stays, and runs on the next one.
+        """
+        if self._send is None:
+            return True
+        delivery = self._send(entry.request)
+        if delivery is Delivery.SENT:
+            entry.sent = True
+            entry.runs += 1
+        return delivery is not Delivery.BLOCKED
 
     def _abandon(self, request_id: int) -> None:
-        if self._entries.pop(request_id, None) is not None and self._send is not None:
+        entry = self._entries.pop(request_id, None)
+        if entry is not None and entry.sent and self._send is not None:
             self._send(Cancel(request_id))
 
 
-def _worker_busy() -> CodedError:
+def _worker_blocked() -> CodedError:
     return CodedError(
         ErrorCode.RATE_LIMIT_EXCEEDED,
         "the model's worker does not take any more requests now",

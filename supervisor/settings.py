@@ -45,11 +45,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     threads: int | None = None
     context_length: int | None = None
 
-    #: Process start until the handshake, then until the model is in memory.
+    #: Process start until the handshake.
     start_timeout_s: float = 60.0
-    load_timeout_s: float = 600.0
     canary_timeout_s: float = 120.0
     #: No progress in this phase for so long means hung.
+    load_stall_s: float = 300.0
     prefill_stall_s: float = 120.0
     decode_stall_s: float = 60.0
     beat_interval_s: float = 1.0
@@ -61,6 +61,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     restart_delay_cap_s: float = 60.0
 
     log_level: str = "info"
+
+    #: A client must have sent a request's head within this time ...
+    header_timeout_s: float = 30.0
+    #: ... and may pause for this long while it sends the body.
+    body_timeout_s: float = 30.0
 
     @property
     def effective_models_dir(self) -> Path:

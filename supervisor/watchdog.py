@@ -15,8 +15,7 @@ class Watchdog:
     """Watches one worker generation. Times are seconds on one monotonic clock.
 
     ``limits`` is how long progress may stand still per phase; in the idle phase,
-    where nothing progresses, how long a beat may stay away. A phase without a
-    limit is not watched.
+    where nothing progresses, how long a beat may stay away.
     """
 
     def __init__(self, limits: Mapping[Phase, float], now: float) -> None:
@@ -33,15 +32,25 @@ class Watchdog:
         self._phase = beat.phase
         self._progress = beat.progress
 
+    @property
+    def phase(self) -> Phase:
+        """What the worker does, as far as is known."""
+        return self._phase
+
+    def enter(self, phase: Phase, now: float) -> None:
+        """The worker is in a new phase, as a message told before any beat could."""
+        self._phase = phase
+        self._alive_at = now
+
     def forgive(self, now: float) -> None:
         """Start anew: the watcher itself was held up, or asleep with its machine."""
         self._alive_at = now
 
     def verdict(self, now: float) -> str | None:
         """Why the worker is hung, or None."""
-        limit = self._limits.get(self._phase)
+        limit = self._limits[self._phase]
         frozen_s = now - self._alive_at
-        if limit is None or frozen_s < limit:
+        if frozen_s < limit:
             return None
         what = "no sign of life" if self._phase is Phase.IDLE else f"no progress in {self._phase}"
         return f"{what} for {frozen_s:.0f} s (limit {limit:.0f} s)"

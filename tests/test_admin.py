@@ -5,6 +5,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,7 +131,7 @@ def test_an_unload_answers_a_load_that_waits(server: Server, models_dir: Path) -
     ("model_id", "options", "expected"),
     [
         ("absent", {}, (404, "model_not_found")),
-        ("../tiny", {}, (404, "model_not_found")),
+        ("../tiny", {}, (400, "invalid_value")),
         ("tiny", {"backend": "mlx"}, (422, "model_unsupported_backend")),
         ("tiny", {"backend": "vllm"}, (422, "model_unsupported_backend")),
         ("tiny", {"context_length": 10_000_000}, (400, "invalid_value")),
@@ -147,6 +148,32 @@ def test_loads_that_cannot_be(
         if not server.workers():
             break
     assert not server.workers()
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"context_length": 128}, "context_length"),
+        ({"backend": "mlx"}, "backend"),
+        ({"path": "/nowhere/else.gguf"}, "path"),
+    ],
+)
+def test_a_load_that_contradicts_what_runs_is_refused(
+    server: Server, options: dict[str, Any], param: str
+) -> None:
+    server.load("tiny")
+    answer = server.load("tiny", **options)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "model_conflict")
+    assert answer.json()["error"]["param"] == param
+    assert server.load("tiny.gguf").json()["model_id"] == "tiny"
+    unload(server, "tiny")
+
+
+def test_a_context_without_room_is_the_requests_fault(server: Server) -> None:
+    assert error_of(server, "tiny", context_length=2) == (400, "invalid_value")
+    assert server.load("tiny").status_code == 200
+    assert server.model("tiny")["readiness"]["crash_count"] == 0
+    unload(server, "tiny")
 
 
 def test_a_model_by_path(server: Server, tiny_gguf: Path) -> None:
@@ -239,4 +266,4 @@ def test_an_open_bind_without_keys_is_refused(tmp_path: Path) -> None:
     process = start(tmp_path / "home", "--host", "0.0.0.0")
     output, _ = process.communicate(timeout=30)
     assert process.returncode != 0
-    assert "allow_unauthenticated" in output
+    assert "--allow-unauthenticated" in output

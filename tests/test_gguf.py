@@ -167,8 +167,8 @@ def test_a_hostile_chat_template_runs_no_code(server: Server, tmp_path: Path) ->
         "{{ messages[0].content }}"
     )
     path = write_tiny_gguf(tmp_path / "hostile.gguf", chat_template=template)
-    answer = server.load(str(path))
+    assert server.load(str(path)).status_code == 200
+    refused = server.chat("hostile")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
     assert not stolen.exists()
-    # The canary cannot chat with it either.
-    assert answer.json()["error"]["code"] == "model_canary_failed"
     server.http.post("/admin/models/unload", json={"model_id": "hostile"})

@@ -51,10 +51,15 @@ class Engine:
 
     def submit(self, request: Generate) -> Accepted | Rejected:
         """Check and enqueue a request; a refusal leaves no trace."""
+        # Templates and tokenisers can hang as well: this is work in hand.
+        self._vitals.phase = Phase.PREFILL
+        self._vitals.in_hand += 1
+        self._vitals.advance()
         try:
             prompt = self._encode(request)
             max_tokens = self._budget(len(prompt), request.max_tokens)
         except CodedError as error:
+            self._update_vitals()
             return Rejected(request.request_id, error.code, error.message, error.param)
         spec = SequenceSpec(
             sequence_id=request.request_id,
@@ -167,7 +172,7 @@ class Engine:
         vitals.in_hand = len(self._running) + len(self._waiting)
         if not vitals.in_hand:
             vitals.phase = Phase.IDLE
-        elif any(answer.sampled == 0 for answer in self._running.values()):
-            vitals.phase = Phase.PREFILL
-        else:
+        elif self._running and all(answer.sampled for answer in self._running.values()):
             vitals.phase = Phase.DECODE
+        else:
+            vitals.phase = Phase.PREFILL

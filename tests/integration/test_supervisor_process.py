@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,12 @@ def test_a_signal_ends_it_cleanly_in_the_middle_of_everything(tmp_path: Path, nu
         server.load("slow", wait=False)
         stream = server.stream("busy")
         next(stream)
+        last: list[str] = []
+        reader = threading.Thread(target=lambda: last.extend(stream))
+        reader.start()
         assert server.stop(number) == 0
+        reader.join(10)
+        assert "server_shutting_down" in last[-1]
         assert "Traceback" not in server.text
 
 

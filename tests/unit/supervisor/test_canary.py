@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from protocol.messages import Delta, FinishReason, Generate
 from supervisor.canary import (
     TOKENS,
     CanaryFailed,
+    CanaryImpossible,
     CanaryReport,
     check_answer,
     is_degenerate,
@@ -35,7 +37,9 @@ def say(*tokens: str) -> Answer:
     return answer
 
 
-async def run(answer: Answer, *, strict: bool = False) -> tuple[list[Generate], CanaryReport]:
+async def run(
+    answer: Answer, *, strict: bool = False, context_length: int = 4096
+) -> tuple[list[Generate], CanaryReport]:
     asked: list[Generate] = []
 
     def submit(request: Generate) -> RequestStream:
@@ -45,7 +49,9 @@ async def run(answer: Answer, *, strict: bool = False) -> tuple[list[Generate], 
         answer(request, stream)
         return stream
 
-    report = await run_canary(submit, has_chat_template=True, context_length=4096, strict=strict)
+    report = await run_canary(
+        submit, has_chat_template=True, context_length=context_length, strict=strict
+    )
     return asked, report
 
 
@@ -88,6 +94,36 @@ async def test_probation_asks_for_more() -> None:
 async def test_a_broken_model_fails(answer: Answer, why: str) -> None:
     with pytest.raises(CanaryFailed, match=why):
         await run(answer)
+
+
+def refuse_chat(request: Generate, stream: RequestStream) -> None:
+    """A chat template that does not like what it gets."""
+    if request.messages is not None:
+        stream.fail(CodedError(ErrorCode.INVALID_VALUE, "no such role", param="messages"))
+    else:
+        say("one ", "two ", "three ")(request, stream)
+
+
+async def test_a_template_that_refuses_the_prompt_is_no_failure() -> None:
+    asked, _ = await run(refuse_chat)
+    assert [request.messages is None for request in asked] == [False, True, True, True]
+
+
+async def test_a_context_too_small_for_any_prompt_is_no_failure_of_the_model() -> None:
+    def too_long(request: Generate, stream: RequestStream) -> None:
+        stream.fail(CodedError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, "too long"))
+
+    with pytest.raises(CanaryImpossible):
+        await run(too_long)
+
+
+async def test_a_small_context_ends_the_answer_early() -> None:
+    def answer(request: Generate, stream: RequestStream) -> None:
+        assert request.max_tokens is not None
+        short = msgspec.structs.replace(request, max_tokens=min(request.max_tokens, 3))
+        say("one ", "two ", "three ")(short, stream)
+
+    await run(answer, context_length=10)
 
 
 async def test_a_model_that_never_answers_is_ended_by_the_callers_deadline() -> None:

@@ -200,7 +200,8 @@ def test_the_override_puts_a_quarantined_model_on_probation() -> None:
     machine(lc.WorkerSpawned(4), lc.WorkerLoaded(4))
     assert machine.commands == [lc.RunCanary(4, strict=True)]
     machine(lc.CanaryPassed(4))
-    assert lc.on_probation(machine.state, POLICY, machine.now)
+    assert machine.state.probation
+    assert machine.command(lc.WatchProbation) == lc.WatchProbation(4, POLICY.window_s)
     machine(exited(4))
     assert machine.readiness() is Readiness.QUARANTINED
     assert machine.state.account.quarantines == 2
@@ -210,14 +211,61 @@ def test_probation_ends_after_a_window_in_health() -> None:
     machine = quarantined()
     machine(lc.LoadAccepted(machine.state.account, probation=True))
     machine(lc.WorkerSpawned(4), lc.WorkerLoaded(4), lc.CanaryPassed(4))
-    machine.now += 600
-    assert not lc.on_probation(machine.state, POLICY, machine.now)
+    machine(lc.ProbationServed(4))
+    assert not machine.state.probation
+    save = machine.command(lc.SaveAccount)
+    assert isinstance(save, lc.SaveAccount)
+    assert not save.account.quarantined
     assert machine(exited(4)).state.readiness is Readiness.LOADING
 
 
+def test_unloading_is_no_way_out_of_probation() -> None:
+    machine = quarantined()
+    machine(lc.LoadAccepted(machine.state.account, probation=True), lc.WorkerSpawned(4))
+    account = machine.state.account
+    assert account.quarantined
+    machine(lc.UnloadRequested(), exited(4))
+    assert machine.current is None
+    assert Machine()(lc.LoadAccepted(account)).readiness() is Readiness.QUARANTINED
+
+
+def test_release_ends_a_probation_and_leaves_the_model_running() -> None:
+    machine = quarantined()
+    machine(lc.LoadAccepted(machine.state.account, probation=True), lc.WorkerSpawned(4))
+    machine(lc.Released())
+    assert not machine.state.probation
+    assert not machine.state.account.quarantined
+
+
+def test_a_process_that_cannot_be_made_is_tried_again_and_not_counted() -> None:
+    machine = admitted()(lc.SpawnFailed(1, "too many open files"))
+    assert machine.readiness() is Readiness.LOADING
+    assert machine.state.account == Account()
+    assert machine.kinds() == [lc.AnswerLoads, lc.ScheduleRestart]
+    assert machine(lc.RestartDue(1)).commands == [lc.SpawnWorker(2)]
+
+
+def test_an_unload_meets_a_process_that_could_not_be_made() -> None:
+    machine = admitted()(lc.UnloadRequested(), lc.SpawnFailed(1, "too many open files"))
+    assert machine.current is None
+
+
+def test_a_load_that_was_asked_for_wrongly_is_no_record_of_the_model() -> None:
+    machine = loading()(lc.LoadRefused(1, ErrorCode.INVALID_VALUE, "context too long"))
+    assert lc.RecordFailure not in machine.kinds()
+
+
+def test_the_reason_of_a_failure_stays_until_the_model_is_well() -> None:
+    machine = routable()(exited(1), lc.RestartDue(1), lc.WorkerSpawned(2))
+    assert machine.state.reason == "killed by SIGSEGV"
+    machine(lc.WorkerLoaded(2), lc.CanaryPassed(2))
+    assert machine.state.reason == "canary passed"
+
+
 def test_a_quarantine_is_restored_at_the_first_load_after_a_restart() -> None:
-    account = replace(Account(), quarantined=True)
+    account = replace(Account(), quarantined=True, last_reason="killed by SIGBUS")
     machine = Machine()(lc.LoadAccepted(account))
+    assert machine.state.reason == "killed by SIGBUS"
     assert machine.state.readiness is Readiness.QUARANTINED
     assert lc.SpawnWorker not in machine.kinds()
 

@@ -1,7 +1,5 @@
 """Any sequence of events keeps the promises of the readiness machine."""
 
-from dataclasses import replace
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -63,6 +61,8 @@ class ReadinessMachine(RuleBasedStateMachine):
                 assert not self.alive, "two live generations"
                 self.alive.add(command.generation)
                 self.timer = None
+            case lc.WatchProbation():
+                assert command.generation in self.alive
             case lc.StopWorker():
                 assert command.generation in self.alive
                 self.stopping.add(command.generation)
@@ -108,7 +108,7 @@ class ReadinessMachine(RuleBasedStateMachine):
     def release(self) -> None:
         was = self.state
         self.apply(lc.Released())
-        if was is not None and self.state is None:
+        if was is not self.state:
             self.failures.clear()
 
     # --- what workers do ---
@@ -117,6 +117,23 @@ class ReadinessMachine(RuleBasedStateMachine):
     @rule()
     def spawned(self) -> None:
         self.apply(lc.WorkerSpawned(max(self.alive)))
+
+    @precondition(lambda self: self.alive)
+    @rule()
+    def spawn_failed(self) -> None:
+        """No process was ever there: possible only until the spawn is confirmed."""
+        if self.state is not None and self.state.readiness is Readiness.ADMITTED:
+            generation = self.alive.pop()
+            self.stopping.discard(generation)
+            self.apply(lc.SpawnFailed(generation, "no more processes"))
+
+    @precondition(lambda self: self.alive)
+    @rule()
+    def probation_served(self) -> None:
+        was = self.state
+        self.apply(lc.ProbationServed(max(self.alive)))
+        if was is not None and self.state is not None and was.probation > self.state.probation:
+            self.failures.clear()
 
     @precondition(lambda self: self.alive)
     @rule()
@@ -200,13 +217,13 @@ class ReadinessMachine(RuleBasedStateMachine):
         account = self.saved if self.state is None else self.state.account
         recount = [t for t in self.failures if self.now - t < POLICY.window_s]
         assert [t for t in account.times if self.now - t < POLICY.window_s] == recount
-        assert replace(account, level=0) == replace(self.saved, level=0)
+        assert account == self.saved
 
     @invariant()
     def quarantine_is_what_the_account_says(self) -> None:
         if self.state is not None:
-            quarantined = self.state.readiness is Readiness.QUARANTINED
-            assert quarantined == self.state.account.quarantined
+            rests = self.state.readiness is Readiness.QUARANTINED
+            assert self.state.account.quarantined == (rests or self.state.probation)
 
     @invariant()
     def nobody_waits_for_ever(self) -> None:

@@ -29,6 +29,7 @@ def test_ids_of_local_paths() -> None:
         ("org/name:file-stem", "org/name/file-stem.gguf"),
         ("echo", "echo.sim.json"),
         ("dotted.v1", "dotted.v1.gguf"),
+        ("named.gguf", "named.gguf"),
     ],
 )
 def test_ids_are_found_in_the_models_folder(tmp_path: Path, model_id: str, place: str) -> None:
@@ -38,11 +39,15 @@ def test_ids_are_found_in_the_models_folder(tmp_path: Path, model_id: str, place
     assert find(model_id, tmp_path) == path
 
 
-@pytest.mark.parametrize("model_id", ["nothing", "../outside", "a/../../outside", "", "org/x:"])
+@pytest.mark.parametrize(
+    "model_id",
+    ["nothing", "../outside", "a/../../outside", "", "org/x:", ".", "./here", "here/", "x" * 300],
+)
 def test_other_ids_are_not_found(tmp_path: Path, model_id: str) -> None:
     (tmp_path / "outside.gguf").touch()
     models_dir = tmp_path / "models"
     models_dir.mkdir()
+    (models_dir / "here.gguf").touch()
     with pytest.raises(CodedError) as refusal:
         find(model_id, models_dir)
     assert refusal.value.code is ErrorCode.MODEL_NOT_FOUND

@@ -8,7 +8,6 @@ from supervisor.quarantine import (
     Account,
     Policy,
     count_in_window,
-    enter_probation,
     record_failure,
     release,
     restart_delay,
@@ -20,7 +19,7 @@ POLICY = Policy(threshold=3, window_s=600, delay_cap_s=60, decay_s=600)
 def fail_at(*times: float, policy: Policy = POLICY) -> Account:
     account = Account()
     for time in times:
-        account = record_failure(account, policy, time)
+        account = record_failure(account, policy, time, healthy_s=1.0)
     return account
 
 
@@ -64,11 +63,28 @@ def test_healthy_time_decays_the_level() -> None:
 
 
 def test_one_failure_on_probation_quarantines_again() -> None:
-    account = enter_probation(fail_at(0, 1, 2))
-    assert not account.quarantined
-    again = record_failure(account, POLICY, 5000, probation=True)
+    account = fail_at(0, 1, 2)
+    again = record_failure(account, POLICY, 5000, healthy_s=1.0)
     assert again.quarantined
     assert again.quarantines == 2
+
+
+def test_failures_in_a_row_quarantine_however_slowly_they_come() -> None:
+    account = Account()
+    for time in (0, 1000, 2000):
+        assert not account.quarantined
+        account = record_failure(account, POLICY, time, healthy_s=None)
+    assert account.quarantined
+    assert count_in_window(account, POLICY, 2000) == 1
+
+
+def test_being_routable_ends_a_row() -> None:
+    account = Account()
+    for time in range(0, 10_000, 1000):
+        account = record_failure(account, POLICY, time, healthy_s=None)
+        account = record_failure(account, POLICY, time + 700, healthy_s=5.0)
+        assert account.streak == 1
+        assert not account.quarantined
 
 
 def test_release_empties_the_window_and_keeps_the_history() -> None:

@@ -12,7 +12,7 @@ from protocol.messages import (
     Rejected,
     ToWorker,
 )
-from supervisor.requests import RequestTable
+from supervisor.requests import Delivery, RequestTable
 from supervisor.stream import RequestStream
 
 CRASHED = CodedError(ErrorCode.MODEL_CRASHED, "killed by SIGSEGV")
@@ -21,14 +21,14 @@ CRASHED = CodedError(ErrorCode.MODEL_CRASHED, "killed by SIGSEGV")
 class Worker:
     """Keeps what it is sent."""
 
-    def __init__(self, *, reads: bool = True) -> None:
+    def __init__(self, delivery: Delivery = Delivery.SENT) -> None:
         self.sent: list[ToWorker] = []
-        self.reads = reads
+        self.delivery = delivery
 
-    def __call__(self, message: ToWorker) -> bool:
-        if self.reads:
+    def __call__(self, message: ToWorker) -> Delivery:
+        if self.delivery is Delivery.SENT:
             self.sent.append(message)
-        return self.reads
+        return self.delivery
 
     def request_id(self, index: int = -1) -> int:
         message = self.sent[index]
@@ -134,9 +134,31 @@ async def test_a_canary_is_not_run_again(table: RequestTable) -> None:
 
 async def test_a_worker_that_does_not_read_refuses_new_requests(table: RequestTable) -> None:
     with pytest.raises(CodedError) as error:
-        open_on(table, Worker(reads=False))
+        open_on(table, Worker(Delivery.BLOCKED))
     assert error.value.code is ErrorCode.RATE_LIMIT_EXCEEDED
     assert len(table) == 0
+
+
+async def test_a_request_that_met_a_dying_worker_runs_on_the_next(table: RequestTable) -> None:
+    stream = open_on(table, Worker(Delivery.LOST))
+    table.disconnect()
+    table.park(CRASHED)
+    second = Worker()
+    table.connect(second)
+    table.resume()
+    table.deliver([text_delta(second, "whole", FinishReason.STOP)])
+    assert (await stream.next()).text == "whole"
+
+
+async def test_letting_go_of_a_parked_request_tells_no_worker(table: RequestTable) -> None:
+    stream = open_on(table, Worker())
+    table.disconnect()
+    table.park(CRASHED)
+    second = Worker()
+    table.connect(second)
+    stream.close()
+    table.resume()
+    assert second.sent == []
 
 
 async def test_everyone_is_answered_when_nothing_will_serve_them(table: RequestTable) -> None:

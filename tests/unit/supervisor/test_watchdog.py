@@ -3,7 +3,13 @@
 from protocol.messages import Beat, Phase
 from supervisor.watchdog import Watchdog
 
-LIMITS = {Phase.IDLE: 30.0, Phase.PREFILL: 120.0, Phase.DECODE: 60.0}
+LIMITS = {
+    Phase.STARTING: 60.0,
+    Phase.LOAD: 300.0,
+    Phase.IDLE: 30.0,
+    Phase.PREFILL: 120.0,
+    Phase.DECODE: 60.0,
+}
 
 
 def test_a_worker_that_advances_is_never_hung() -> None:
@@ -42,10 +48,25 @@ def test_beats_that_stop_during_work_are_frozen_progress() -> None:
     assert watchdog.verdict(61.0) is not None
 
 
-def test_a_phase_without_a_limit_is_left_to_its_own_deadline() -> None:
+def test_a_load_that_advances_may_take_for_ever() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    for step in range(100):
+        watchdog.observe(Beat(Phase.LOAD, step, 0), step * 299.0)
+        assert watchdog.verdict(step * 299.0 + 298.0) is None
+    assert watchdog.verdict(1e6) is not None
+
+
+def test_a_worker_that_never_says_hello_is_hung() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    assert watchdog.verdict(61.0) is not None
+
+
+def test_a_phase_told_by_a_message_counts_before_the_first_beat() -> None:
     watchdog = Watchdog(LIMITS, 0.0)
     watchdog.observe(Beat(Phase.LOAD, 1, 0), 0.0)
-    assert watchdog.verdict(1e6) is None
+    watchdog.enter(Phase.IDLE, 10.0)
+    assert watchdog.verdict(39.0) is None
+    assert watchdog.verdict(40.0) is not None
 
 
 def test_a_watcher_that_slept_starts_anew() -> None:

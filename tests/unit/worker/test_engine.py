@@ -156,10 +156,26 @@ def test_vitals_tell_phase_and_progress(tmp_path: Path) -> None:
     rig = Rig(tmp_path, tokens=["a", "b"])
     rig.engine.submit(Generate(1, prompt="x"))
     rig.engine.submit(Generate(2, prompt="x"))
-    assert rig.vitals.in_hand == 2
+    assert (rig.vitals.phase, rig.vitals.in_hand) == (Phase.PREFILL, 2)
+    before = rig.vitals.progress
     rig.engine.step()
-    assert (rig.vitals.phase, rig.vitals.progress) == (Phase.DECODE, 1)
+    assert (rig.vitals.phase, rig.vitals.progress) == (Phase.DECODE, before + 1)
     rig.run()
+    assert (rig.vitals.phase, rig.vitals.in_hand) == (Phase.IDLE, 0)
+
+
+def test_a_prompt_that_is_being_encoded_is_work_in_hand(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    seen: list[tuple[Phase, int]] = []
+
+    class Watched(SimulatedBackend):
+        def encode_text(self, text: str) -> list[int]:
+            seen.append((rig.vitals.phase, rig.vitals.in_hand))
+            return super().encode_text(text)
+
+    rig.engine._backend = Watched()
+    rig.engine.submit(Generate(1, prompt=""))
+    assert seen == [(Phase.PREFILL, 1)]
     assert (rig.vitals.phase, rig.vitals.in_hand) == (Phase.IDLE, 0)
 
 
