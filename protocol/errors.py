@@ -6,6 +6,7 @@ the HTTP status; lower layers only ever name the code.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 
@@ -39,6 +40,7 @@ class ErrorCode(StrEnum):
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     BODY_TOO_LARGE = "request_too_large"
+    REQUEST_TIMEOUT = "request_timeout"
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     STREAM_OVERFLOW = "stream_overflow"
     INVALID_API_KEY = "invalid_api_key"
@@ -67,7 +69,8 @@ class CodedError(Exception):
     """An error that carries its stable code to whoever answers for it.
 
     ``param`` names the request field at fault, when there is one.
-    ``retry_after_s`` (seconds) is set when waiting may help.
+    ``retry_after_s`` (seconds) is set when waiting may help. ``details`` are
+    further facts for the one who reads the answer, such as an incident's id.
     """
 
     def __init__(
@@ -77,9 +80,11 @@ class CodedError(Exception):
         *,
         param: str | None = None,
         retry_after_s: float | None = None,
+        details: Mapping[str, str | int] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.details = details or {}

@@ -18,7 +18,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         command = [sys.executable, "-m", "supervisor.cli", "serve", "--port=0", f"--home={home}"]
         started = time.monotonic()
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
             port = _port(process)
             connection = http.client.HTTPConnection("127.0.0.1", port)
             connection.request("GET", "/healthz")

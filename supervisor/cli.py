@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from supervisor.terminal import give_up_stdout, never_fail_to_encode, plain, table
 
 if TYPE_CHECKING:
     from supervisor.client import Client
@@ -25,9 +27,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_DEFAULT_URL = "http://127.0.0.1:8000"
-
-Url = Annotated[str, typer.Option(envvar="OPTA_LMX_URL", help="The server to talk to.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        envvar="OPTA_LMX_URL",
+        help="The server to talk to; else this machine's, on OPTA_LMX_PORT or 8000.",
+    ),
+]
 AdminKey = Annotated[
     str | None,
     typer.Option(envvar="OPTA_LMX_ADMIN_KEY", show_envvar=True, help="Opens /admin."),
@@ -37,6 +43,24 @@ ApiKey = Annotated[
     typer.Option(envvar="OPTA_LMX_API_KEY", show_envvar=True, help="Opens /v1."),
 ]
 ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="The model's id.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _before_any_command(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    never_fail_to_encode()
 
 
 @app.command()
@@ -104,21 +128,23 @@ def serve(
 
     from supervisor.blocklist import BlocklistError
     from supervisor.gateway.server import BindRefused
-    from supervisor.main import HomeInUse, run
+    from supervisor.main import HomeUnusable, run
 
     try:
         run(settings)
-    except (HomeInUse, BlocklistError, BindRefused, OSError) as error:
+    except (HomeUnusable, BlocklistError, BindRefused, OSError) as error:
         _fail(str(error))
 
 
 @app.command()
 def ps(
-    url: Url = _DEFAULT_URL,
+    url: Url = None,
     admin_key: AdminKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="As the server says it.")] = False,
 ) -> None:
     """List the models and how they are."""
+    from supervisor.client import MODEL_COLUMNS, model_cells
+
     with _connected(url, admin_key=admin_key) as client:
         models = client.models()
     if as_json:
@@ -126,12 +152,8 @@ def ps(
 
         typer.echo(json.dumps(models, indent=2))
         return
-    rows = [["MODEL", "STATE", "BACKEND", "MEMORY", "RUNNING", "QUEUED", "FAILURES", "REASON"]]
-    rows += [_row(view) for view in models]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        typer.echo("  ".join(cells).rstrip())
+    for line in table(MODEL_COLUMNS, map(model_cells, models)):
+        typer.echo(line)
 
 
 @app.command()
@@ -139,34 +161,46 @@ def load(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="ID, PATH or NAME=PATH.")],
     backend: Annotated[str | None, typer.Option(help="mlx or llama; else by format.")] = None,
     context_length: Annotated[int | None, typer.Option(help="Tokens per request.")] = None,
-    keep_alive: Annotated[int | None, typer.Option(help="Idle seconds before unload.")] = None,
     allow_unsupported_runtime: Annotated[
         bool, typer.Option("--allow-unsupported-runtime", help="Load on probation.")
     ] = False,
     wait: Annotated[bool, typer.Option(help="Until it can be used.")] = True,
-    url: Url = _DEFAULT_URL,
+    url: Url = None,
     admin_key: AdminKey = None,
 ) -> None:
     """Load a model and wait until it is routable."""
-    model_id, path = _model_argument(model)
+    from supervisor.client import ClientError, after_failed_load
+    from supervisor.config import ConfigError, model_to_load
+
+    try:
+        model_id, path = model_to_load(model)
+    except ConfigError as error:
+        _fail(str(error), status=2)
     body = {
         "model_id": model_id,
         "path": path,
         "backend": backend,
         "context_length": context_length,
-        "keep_alive_sec": keep_alive,
         "allow_unsupported_runtime": allow_unsupported_runtime,
         "wait": wait,
     }
+    if wait:
+        typer.echo(f"loading {plain(model_id)} ... (Ctrl-C ends the wait, not the load)", err=True)
     with _connected(url, admin_key=admin_key) as client:
-        result = client.admin("POST", "/admin/models/load", body)
+        try:
+            result = client.admin("POST", "/admin/models/load", body)
+        except ClientError as error:
+            _fail(f"{error}{after_failed_load(error)}")
+        except KeyboardInterrupt:
+            typer.echo("not waiting any more; the load goes on: see opta-lmx ps", err=True)
+            raise typer.Exit(130) from None
     took = result.get("time_to_load_ms")
     after = "" if took is None else f" in {took / 1000:.1f} s"
     typer.echo(f"{result['model_id']} is {result['readiness']['state']}{after}")
 
 
 @app.command()
-def unload(model: ModelId, url: Url = _DEFAULT_URL, admin_key: AdminKey = None) -> None:
+def unload(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
     """Stop a model's worker."""
     with _connected(url, admin_key=admin_key) as client:
         result = client.admin("POST", "/admin/models/unload", {"model_id": model})
@@ -174,7 +208,7 @@ def unload(model: ModelId, url: Url = _DEFAULT_URL, admin_key: AdminKey = None) 
 
 
 @app.command()
-def release(model: ModelId, url: Url = _DEFAULT_URL, admin_key: AdminKey = None) -> None:
+def release(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
     """End a model's quarantine."""
     with _connected(url, admin_key=admin_key) as client:
         result = client.release(model)
@@ -186,9 +220,14 @@ def chat(
     model: ModelId,
     prompt: Annotated[str | None, typer.Option(help="Ask this and exit.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
-    url: Url = _DEFAULT_URL,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; else what the context holds.")
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0, max=2, help="0: always the likeliest word; higher: more varied."),
+    ] = 0.7,
+    url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
     """Talk to a model. With a pipe on stdin: its text is the prompt, one answer."""
@@ -201,10 +240,16 @@ def chat(
         if prompt is None and sys.stdin.isatty():
             session.converse()
             return
-        question = sys.stdin.read() if prompt is None else prompt
+        try:
+            question = sys.stdin.buffer.read().decode() if prompt is None else prompt
+        except UnicodeDecodeError as error:
+            _fail(f"the prompt on stdin is not valid UTF-8 (byte {error.start})")
         if not question.strip():
             _fail("nothing to ask: the prompt is empty")
-        session.ask(question)
+        try:
+            session.ask(question)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
 
 
 @app.command()
@@ -219,60 +264,35 @@ def version() -> None:
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except OSError as error:
+        # Everything else has been caught by name: this is a full disk under stdout.
+        give_up_stdout()
+        print(f"error: cannot write the output: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
 
 
 @contextmanager
 def _connected(
-    url: str, *, admin_key: str | None = None, api_key: str | None = None
+    url: str | None, *, admin_key: str | None = None, api_key: str | None = None
 ) -> Iterator[Client]:
     """A client whose errors end the command."""
-    from supervisor.client import Client, ClientError
+    from supervisor.client import Client, ClientError, default_url
 
     try:
-        with Client(url, admin_key=admin_key, api_key=api_key) as client:
+        with Client(url or default_url(), admin_key=admin_key, api_key=api_key) as client:
             yield client
     except ClientError as error:
-        _fail(error.message, error.code)
-
-
-def _row(view: dict[str, Any]) -> list[str]:
-    readiness = view["readiness"]
-    memory = view["memory_gb"]
-    return [
-        view["id"],
-        "unloading" if view["unloading"] else readiness["state"],
-        view["backend"],
-        "-" if memory is None else f"{memory:.2f} GB",
-        str(view["in_flight"]),
-        str(view["queued"]),
-        str(readiness["crash_count"]),
-        readiness["reason"],
-    ]
-
-
-def _model_argument(text: str) -> tuple[str, str | None]:
-    """The id and, when a file or folder was named, its path."""
-    from supervisor.config import ConfigError, parse_model
-
-    try:
-        setting = parse_model(text)
-    except ConfigError as error:
-        _fail(str(error), status=2)
-    path = Path(setting.path)
-    if setting.id is not None:
-        return setting.id, str(path.absolute())
-    if path.exists():
-        return path.absolute().name.removesuffix(".gguf"), str(path.absolute())
-    return text, None
+        _fail(str(error))
 
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _fail(message: str, code: str | None = None, status: int = 1) -> NoReturn:
-    typer.echo(f"error: {message}" + (f" ({code})" if code else ""), err=True)
+def _fail(message: str, status: int = 1) -> NoReturn:
+    typer.echo(f"error: {plain(message)}", err=True)
     raise typer.Exit(status)
 
 

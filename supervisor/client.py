@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -11,14 +12,58 @@ import httpx
 
 _CONNECT_S = 5.0
 
+_NOT_UTF8 = "the request cannot be sent: its text is not valid UTF-8"
+
+
+#: How a load may end while the server goes on trying.
+_TRIED_AGAIN = ("model_loader_crashed", "model_canary_failed", "model_load_timeout")
+
 
 class ClientError(Exception):
     """What went wrong, for a person; ``code`` when the server named one."""
 
     def __init__(self, message: str, code: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(f"{message} ({code})" if code else message)
         self.message = message
         self.code = code
+
+
+def default_url() -> str:
+    """This machine's server, on the port that the environment gives to ``serve`` as well."""
+    port = os.environ.get("OPTA_LMX_PORT") or "8000"
+    if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) <= 65535):
+        raise ClientError(f"no server can be found on OPTA_LMX_PORT={port}; use --url")
+    return f"http://127.0.0.1:{int(port[:6])}"
+
+
+MODEL_COLUMNS = (
+    *("MODEL", "STATE", "BACKEND", "MEMORY", "CONTEXT"),
+    *("RUNNING", "QUEUED", "FAILURES", "REASON"),
+)
+
+
+def model_cells(view: Mapping[str, Any]) -> list[str]:
+    """A model object in the words of ``MODEL_COLUMNS``."""
+    readiness, memory, context = view["readiness"], view["memory_gb"], view["context_length"]
+    state = "unloading" if view["unloading"] else readiness["state"]
+    return [
+        view["id"],
+        f"{state} (probation)" if readiness["probation"] else state,
+        view["backend"],
+        "-" if memory is None else f"{memory:.2f} GB",
+        "-" if context is None else str(context),
+        str(view["in_flight"]),
+        str(view["queued"]),
+        str(readiness["crash_count"]),
+        readiness["reason"],
+    ]
+
+
+def after_failed_load(error: ClientError) -> str:
+    """What to add when a load that failed is not the last word."""
+    if error.code not in _TRIED_AGAIN:
+        return ""
+    return "; it is tried again in the background until it is quarantined: see opta-lmx ps"
 
 
 class Client:
@@ -27,6 +72,12 @@ class Client:
     def __init__(
         self, url: str, *, admin_key: str | None = None, api_key: str | None = None
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ClientError(
+                f"--url / OPTA_LMX_URL must begin with http:// or https://, not {url!r}"
+            )
+        _check_key("admin", admin_key)
+        _check_key("api", api_key)
         self._url = url.rstrip("/")
         self._admin = {"x-admin-key": admin_key} if admin_key else {}
         self._inference = {"authorization": f"Bearer {api_key}"} if api_key else {}
@@ -44,6 +95,8 @@ class Client:
     def admin(self, method: str, path: str, body: object = None) -> Any:
         try:
             response = self._http.request(method, self._url + path, json=body, headers=self._admin)
+        except UnicodeEncodeError as error:
+            raise ClientError(_NOT_UTF8) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
         return _value(response.status_code, response.content)
@@ -53,7 +106,16 @@ class Client:
         return models
 
     def release(self, model_id: str) -> Any:
-        return self.admin("POST", f"/admin/models/{quote(model_id, safe='')}/release")
+        return self.admin("POST", f"/admin/models/{_quoted(model_id)}/release")
+
+    def check_model(self, model_id: str) -> None:
+        """Raise what a question to this model would be refused with."""
+        path = f"{self._url}/v1/models/{_quoted(model_id)}"
+        try:
+            response = self._http.get(path, headers=self._inference)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from error
+        _value(response.status_code, response.content)
 
     def chat(
         self, model: str, messages: Sequence[Mapping[str, str]], **parameters: object
@@ -68,6 +130,8 @@ class Client:
                 if response.status_code != 200:
                     _value(response.status_code, response.read())
                 yield from _texts(response.iter_lines())
+        except UnicodeEncodeError as error:
+            raise ClientError(_NOT_UTF8) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
 
@@ -75,6 +139,19 @@ class Client:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return ClientError(f"no server at {self._url}: {error}. Start one with: opta-lmx serve")
         return ClientError(f"the connection to {self._url} failed: {error}")
+
+
+def _check_key(name: str, key: str | None) -> None:
+    """A header takes nothing else; httpx would fail with the codec's words."""
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ClientError(
+            f"--{name}-key / OPTA_LMX_{name.upper()}_KEY must be printable ASCII: "
+            "it is not the key of any server"
+        )
+
+
+def _quoted(model_id: str) -> str:
+    return quote(model_id, safe="", errors="replace")
 
 
 def _texts(lines: Iterator[str]) -> Iterator[str]:

@@ -3,7 +3,8 @@
 The file is the ``config`` flag, ``OPTA_LMX_CONFIG``, or ``config.toml`` in the
 home folder when there is one. Its keys are the fields of ``Settings``, models are
 ``[[models]]`` tables. A variable is ``OPTA_LMX_`` and the field in capitals. A key
-that nobody knows is an error: a misspelt ``admin_key`` must not mean "no key".
+that nobody knows is an error: a misspelt ``admin_key`` must not mean "no key". An
+empty variable counts as unset, but not that of a key, for the same reason.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from supervisor.ids import complaint_about_id
 from supervisor.settings import ModelSetting, Settings
 
 _PREFIX = "OPTA_LMX_"
@@ -34,7 +36,7 @@ def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str] | None = 
     """Raise ``ConfigError``. A flag of None was not given; ``models`` replaces the file's."""
     environ = os.environ if environ is None else environ
     given = {name: value for name, value in flags.items() if value is not None}
-    config = given.pop("config", None) or environ.get(f"{_PREFIX}CONFIG")
+    config = given.pop("config", None) or environ.get(f"{_PREFIX}CONFIG") or None
     home = _expand_user(given.get("home") or environ.get(f"{_PREFIX}HOME") or "~/.opta-lmx")
 
     values: dict[str, Any] = {"home": home.absolute()}
@@ -73,6 +75,19 @@ def parse_model(text: str) -> ModelSetting:
     return ModelSetting(path=_expand(text))
 
 
+def model_to_load(text: str) -> tuple[str, str | None]:
+    """The id to load and, when ``text`` names a file or folder, its path. ``ConfigError``."""
+    setting = parse_model(text)
+    path = Path(setting.path)
+    if setting.id is not None:
+        return setting.id, str(path.absolute())
+    if _exists(path):
+        return path.absolute().name.removesuffix(".gguf"), str(path.absolute())
+    if text.startswith((".", "~")):
+        raise ConfigError(f"{text}: no such file or folder")
+    return text, None
+
+
 def _models(values: Sequence[str], source: str) -> tuple[ModelSetting, ...]:
     try:
         return tuple(parse_model(value) for value in values)
@@ -108,11 +123,13 @@ def _read_file(config: str | os.PathLike[str] | None, home: Path) -> dict[str, A
     file = _file(config, home)
     try:
         content = tomllib.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if config is None:
             return {}
         raise ConfigError(f"{file}: no such file") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ConfigError(f"{file}: {error}") from error
     for name in content:
         if name not in _FIELDS:
@@ -130,7 +147,8 @@ def _variables(environ: Mapping[str, str]) -> dict[str, str]:
             continue
         if suffix != suffix.upper() or suffix.lower() not in _FIELDS:
             raise ConfigError(f"{variable}: unknown setting")
-        found[suffix.lower()] = text
+        if text or suffix.endswith("_KEY"):
+            found[suffix.lower()] = text
     return found
 
 
@@ -193,6 +211,9 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
         keep_alive_ok = model.keep_alive_sec is None or model.keep_alive_sec >= 0
         if not (model.path and model.id != "" and context_ok and keep_alive_ok):
             raise ConfigError(f"{source('models')}: wrong values for model {model.path!r}")
+        complaint = None if model.id is None else complaint_about_id(model.id)
+        if complaint is not None:
+            raise ConfigError(f"{source('models')}: the id {model.id!r} {complaint}")
 
 
 def _is_key(key: str | None) -> bool:

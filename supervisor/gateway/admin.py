@@ -11,11 +11,12 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from protocol.errors import CodedError, ErrorCode
-from supervisor.fleet import LoadSpec
+from supervisor.gate import LoadSpec
 from supervisor.gateway.body import read_json
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response
 from supervisor.gateway.openai.models import is_routable
+from supervisor.ids import complaint_about_id, complaint_about_path
 from supervisor.views import LoadResult, ModelView
 
 _MAX_RECORDS = 1000
@@ -24,8 +25,11 @@ _DEFAULT_RECORDS = 100
 _Name = Annotated[str, Meta(min_length=1)]
 
 
-class LoadRequest(msgspec.Struct, kw_only=True):
-    """Unknown fields are ignored, as everywhere. ``wait`` false: answer at once with 202."""
+class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``wait`` false: answer at once with 202.
+
+    Unlike inference, an operator's misspelt option must not mean the default.
+    """
 
     model_id: _Name
     path: _Name | None = None
@@ -38,7 +42,7 @@ class LoadRequest(msgspec.Struct, kw_only=True):
     wait: bool | None = None
 
 
-class UnloadRequest(msgspec.Struct):
+class UnloadRequest(msgspec.Struct, forbid_unknown_fields=True):
     model_id: _Name
 
 
@@ -51,7 +55,8 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
 
     A client that goes away while it waits changes nothing: the load goes on.
     """
-    request = await read_json(call, _load_decoder, gateway.settings.max_body_bytes)
+    request = await read_json(call, _load_decoder, gateway.settings)
+    _check_names(request)
     spec = LoadSpec(
         model_id=request.model_id,
         path=request.path,
@@ -72,14 +77,15 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
 
 
 async def unload_model(gateway: Gateway, call: Call) -> Response:
-    request = await read_json(call, _unload_decoder, gateway.settings.max_body_bytes)
-    view = await gateway.fleet.unload(request.model_id)
-    return json_response(_after(gateway, view.id))
+    request = await read_json(call, _unload_decoder, gateway.settings)
+    await gateway.fleet.unload(request.model_id)
+    return json_response(_after(gateway, request.model_id))
 
 
 async def release_model(gateway: Gateway, call: Call) -> Response:
-    view = await gateway.fleet.release(call.path_params["id"])
-    return json_response(_after(gateway, view.id))
+    model_id = call.path_params["id"]
+    await gateway.fleet.release(model_id)
+    return json_response(_after(gateway, model_id))
 
 
 async def list_models(gateway: Gateway, call: Call) -> Response:
@@ -127,6 +133,16 @@ def _already_loaded(view: ModelView) -> LoadResult:
         time_to_load_ms=0.0,
         readiness=view.readiness,
     )
+
+
+def _check_names(request: LoadRequest) -> None:
+    """An absolute path may stand for an id: it names a file, from which the id is made."""
+    is_path = request.model_id.startswith("/")
+    complaint = (complaint_about_path if is_path else complaint_about_id)(request.model_id)
+    if complaint is not None:
+        raise _invalid("model_id", complaint)
+    if request.path is not None and (complaint := complaint_about_path(request.path)):
+        raise _invalid("path", complaint)
 
 
 def _limit(text: str | None) -> int:

@@ -105,12 +105,16 @@ def _offered(request: Request, side: Side) -> Iterator[bytes]:
 
 
 def _refuse_foreign_pages(request: Request) -> None:
-    host = request.headers.get("host", "")
-    if not is_loopback(_host_name(f"//{host}")):
+    host = request.headers.get("host")
+    # Only HTTP/1.0 goes without, and no browser speaks that.
+    if host is None and request.scope.get("http_version") != "1.0":
+        raise CodedError(ErrorCode.HOST_NOT_ALLOWED, "the request has no Host header")
+    if host is not None and not is_loopback(_host_name(f"//{host}")):
         raise CodedError(
             ErrorCode.HOST_NOT_ALLOWED,
-            "without keys this server answers only to loopback names such as localhost; "
-            "set an admin key and an API key to use another name",
+            f"this server has no key for this, so it answers only to loopback names such as "
+            f"localhost, not to {host[:100]!r}; to use another name, set the keys "
+            "(OPTA_LMX_ADMIN_KEY, OPTA_LMX_API_KEY)",
         )
     origin = request.headers.get("origin")
     # Other schemes are desktop apps and editor extensions, not web pages.
@@ -119,7 +123,8 @@ def _refuse_foreign_pages(request: Request) -> None:
         or (origin.startswith(("http:", "https:")) and not is_loopback(_host_name(origin)))
     ):
         raise CodedError(
-            ErrorCode.HOST_NOT_ALLOWED, "without keys this server answers no foreign web pages"
+            ErrorCode.HOST_NOT_ALLOWED,
+            "this server has no key for this, so it answers no foreign web pages",
         )
 
 

@@ -31,7 +31,7 @@ _RATE_LIMIT = "rate_limit_error"
 _RESOURCES = "insufficient_resources_error"
 _SERVER = "server_error"
 
-#: Every code has its line; ``tests/unit/supervisor/gateway/test_errors.py`` insists.
+#: Every code has its line; ``tests/unit/supervisor/gateway/test_gateway_http.py`` insists.
 _ANSWERS: dict[ErrorCode, _Answer] = {
     ErrorCode.MODEL_UNSUPPORTED_ARCH: _Answer(422, _INVALID),
     ErrorCode.MODEL_UNSUPPORTED_BACKEND: _Answer(422, _INVALID),
@@ -53,6 +53,7 @@ _ANSWERS: dict[ErrorCode, _Answer] = {
     ErrorCode.UNSUPPORTED_MEDIA_TYPE: _Answer(415, _INVALID),
     ErrorCode.CONTEXT_LENGTH_EXCEEDED: _Answer(400, _INVALID),
     ErrorCode.BODY_TOO_LARGE: _Answer(413, _INVALID),
+    ErrorCode.REQUEST_TIMEOUT: _Answer(408, _INVALID),
     ErrorCode.RATE_LIMIT_EXCEEDED: _Answer(429, _RATE_LIMIT),
     ErrorCode.STREAM_OVERFLOW: _Answer(500, _SERVER),
     ErrorCode.INVALID_API_KEY: _Answer(401, _AUTHENTICATION),
@@ -63,6 +64,9 @@ _ANSWERS: dict[ErrorCode, _Answer] = {
     ErrorCode.SHUTTING_DOWN: _Answer(503, _SERVER),
     ErrorCode.INTERNAL_ERROR: _Answer(500, _SERVER),
 }
+
+#: Answered in the middle of a body: what follows on the connection is the rest of it.
+_UNREAD = frozenset({ErrorCode.BODY_TOO_LARGE, ErrorCode.REQUEST_TIMEOUT})
 
 #: For a code that this table does not know yet: wrong, but never a crash.
 _UNKNOWN = _Answer(500, _SERVER)
@@ -110,6 +114,8 @@ def error_headers(error: CodedError) -> dict[str, str]:
         headers["allow"] = error.allow
     if error.code is ErrorCode.INVALID_API_KEY:
         headers["www-authenticate"] = "Bearer"
+    if error.code in _UNREAD:
+        headers["connection"] = "close"
     return headers
 
 

@@ -36,10 +36,9 @@ def submit(
 def fingerprint(gateway: Gateway, model: str) -> str | None:
     """OpenAI's ``system_fingerprint``: what, besides the seed, decides the text."""
     try:
-        view = gateway.fleet.model(model)
+        return gateway.fleet.fingerprint(model)
     except CodedError:
         return None
-    return f"{view.backend}-{view.backend_version}"
 
 
 def watch_disconnect(receive: Receive, streams: Sequence[RequestStream]) -> asyncio.Task[None]:

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
-import secrets
 import signal
 import socket
 from collections.abc import Iterator
 
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from protocol.errors import CodedError, ErrorCode
 from supervisor.fleet import Fleet
 from supervisor.gateway.app import create_app
 from supervisor.gateway.auth import is_loopback
-from supervisor.gateway.errors import error_body
+from supervisor.gateway.connection import protocol
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
 
@@ -33,6 +31,10 @@ log = logging.getLogger(__name__)
 _BACKLOG = 2048
 #: Between the fleet's stop and the cancellation of a handler that still runs.
 _LAST_RESORT_S = 5.0
+_LET_GO_S = 1.0
+
+#: Bind addresses that mean all of the machine's, and the one to call it by from here.
+_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
 class BindRefused(Exception):
@@ -45,14 +47,20 @@ def run(
     metrics: Metrics,
     listener: socket.socket | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. Returns after every worker is gone.
+    """Serve until SIGINT, SIGTERM or SIGHUP. Returns after every worker is gone.
 
     Raises ``BindRefused``. ``listener`` comes from ``bind``; it is closed at the end.
     """
     require_keys(settings)
     with contextlib.closing(listener or bind(settings)) as sock:
         server = create_server(fleet, settings, metrics)
-        log.info("listening on %s", base_url(settings, sock))
+        log.info("listening on %s%s", base_url(settings, sock), bound_to(settings, sock))
+        if not is_loopback(settings.host) and (open_sides := _open_sides(settings)):
+            log.warning(
+                "everyone who can reach this address may use %s: there is no %s",
+                " and ".join(open_sides.values()),
+                " and no ".join(map(_how_to_set, open_sides)),
+            )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.serve(sockets=[sock]))
 
@@ -61,7 +69,7 @@ def create_server(fleet: Fleet, settings: Settings, metrics: Metrics) -> Server:
     """A server ready for ``serve(sockets=[...])`` on the main thread's event loop."""
     config = uvicorn.Config(
         create_app(fleet, settings, metrics),
-        http=_Protocol,
+        http=protocol(settings.header_timeout_s),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -81,12 +89,22 @@ def require_keys(settings: Settings) -> None:
     """Refuse to offer an open side to the network."""
     if is_loopback(settings.host) or settings.allow_unauthenticated:
         return
-    missing = [name for name in ("admin_key", "api_key") if getattr(settings, name) is None]
+    missing = " and ".join(map(_how_to_set, _open_sides(settings)))
     if missing:
         raise BindRefused(
-            f"host {settings.host!r} is reachable from outside: set {' and '.join(missing)}, "
-            "or allow_unauthenticated to serve without"
+            f"host {settings.host!r} is reachable from outside: set {missing}, "
+            f"or {_how_to_set('allow_unauthenticated')} to serve without"
         )
+
+
+def _open_sides(settings: Settings) -> dict[str, str]:
+    """What has no key, by the name of the setting that is missing."""
+    sides = {"admin_key": "/admin", "api_key": "/v1"}
+    return {name: side for name, side in sides.items() if getattr(settings, name) is None}
+
+
+def _how_to_set(name: str) -> str:
+    return f"--{name.replace('_', '-')} / OPTA_LMX_{name.upper()}"
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -98,14 +116,24 @@ def bind(settings: Settings) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        raise BindRefused(f"cannot listen on {where}: {error.strerror or error}") from error
+        hint = f"; choose another with {_how_to_set('port')}" * (error.errno == errno.EADDRINUSE)
+        raise BindRefused(f"cannot listen on {where}: {error.strerror or error}{hint}") from error
 
 
 def base_url(settings: Settings, listener: socket.socket | None = None) -> str:
     """Where a client on this machine reaches the server."""
     port = settings.port if listener is None else listener.getsockname()[1]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(settings.host, settings.host)
+    host = _EVERY_ADDRESS.get(settings.host, settings.host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def bound_to(settings: Settings, listener: socket.socket | None = None) -> str:
+    """What to say after ``base_url`` when that is only one of the ways in; else nothing."""
+    if settings.host not in _EVERY_ADDRESS:
+        return ""
+    port = settings.port if listener is None else listener.getsockname()[1]
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f" (bound to {host}:{port}, every address of this machine)"
 
 
 class Server(uvicorn.Server):
@@ -122,7 +150,10 @@ class Server(uvicorn.Server):
         # uvicorn's own raises the signal again afterwards: the process would die
         # of it before its caller has cleaned up.
         loop = asyncio.get_running_loop()
-        handled = (signal.SIGINT, signal.SIGTERM)
+        handled = [signal.SIGINT, signal.SIGTERM]
+        # nohup ignores it so that the server outlives its terminal.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            handled.append(signal.SIGHUP)
         for signum in handled:
             loop.add_signal_handler(signum, self.ask_exit)
         try:
@@ -133,6 +164,10 @@ class Server(uvicorn.Server):
 
     def ask_exit(self) -> None:
         """Begin the shutdown. Asked twice: don't wait for requests that are running."""
+        if self.should_exit:
+            log.info("stopping now")
+        else:
+            log.info("stopping; waiting up to %g s for running requests", self._grace_s)
         self.force_exit = self.should_exit
         self.should_exit = True
         self.exit_asked.set()
@@ -152,6 +187,23 @@ class Server(uvicorn.Server):
             # uvicorn skips the lifespan's end when it was told to hurry: workers
             # must be gone all the same.
             await self._fleet.stop()
+            if self.force_exit:
+                await self._let_go()
+
+    async def _let_go(self) -> None:
+        """See the end of what uvicorn leaves behind when it was told to hurry.
+
+        The loop's end would cancel it, and uvicorn log each as a crash.
+        """
+        # Everyone who waited for a model has just been answered by the fleet.
+        if self.server_state.tasks:
+            await asyncio.wait(list(self.server_state.tasks), timeout=_LET_GO_S)
+        # Who still does not come to an end waits for a client.
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        if self.server_state.tasks:
+            await asyncio.wait(list(self.server_state.tasks), timeout=_LET_GO_S)
+        await self.lifespan.shutdown()
 
     async def _stop_fleet_after_grace(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -160,16 +212,3 @@ class Server(uvicorn.Server):
                     self.exit_asked.clear()
                     await self.exit_asked.wait()
         await self._fleet.stop()
-
-
-class _Protocol(HttpToolsProtocol):
-    """Answers what is not HTTP in the same envelope as everything else."""
-
-    def send_400_response(self, msg: str) -> None:
-        body = error_body(CodedError(ErrorCode.INVALID_VALUE, msg))
-        head = (
-            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            f"x-request-id: {secrets.token_hex(16)}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(STATUS_LINE[400] + head.encode() + body)
-        self.transport.close()

@@ -36,7 +36,7 @@ class Exchange:
         self._news = asyncio.Event()
         self.pieces_read = 0
         self.messages: list[Message] = []
-        scope = {
+        self.scope: dict[str, Any] = {
             "type": "http",
             "method": method,
             "path": path,
@@ -48,11 +48,11 @@ class Exchange:
             "client": ("127.0.0.1", 5000),
             "headers": [(k.encode(), v.encode("latin-1")) for k, v in sent.items()],
         }
-        self.task = asyncio.create_task(self._run(app, scope))
+        self.task = asyncio.create_task(self._run(app))
 
-    async def _run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
+    async def _run(self, app: ASGIApp) -> None:
         try:
-            await app(scope, self._receive, self._send)
+            await app(self.scope, self._receive, self._send)
         finally:
             self._news.set()
 

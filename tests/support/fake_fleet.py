@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Delta, FinishReason, Generate
-from supervisor.fleet import Fleet, LoadSpec
+from supervisor.fleet import Fleet
+from supervisor.gate import LoadSpec
 from supervisor.stream import RequestStream
 from supervisor.views import LoadResult, ModelView, ReadinessView
 
@@ -89,6 +91,7 @@ class FakeFleet(Fleet):
     stopped: bool = False
     max_buffer_bytes: int | None = None
     capacity: int | None = None
+    on_start: Callable[[], None] | None = None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, model: ModelView) -> None:
@@ -115,6 +118,10 @@ class FakeFleet(Fleet):
         if model_id not in self.views:
             raise CodedError(ErrorCode.MODEL_NOT_FOUND, f"{model_id} is not loaded", param="model")
         return self.views[model_id]
+
+    def fingerprint(self, model_id: str) -> str:
+        view = self.model(model_id)
+        return f"{view.backend}-{view.backend_version}"
 
     def submit(self, model_id: str, request: Generate, *, streaming: bool) -> RequestStream:
         self.model(model_id)
@@ -160,17 +167,14 @@ class FakeFleet(Fleet):
             readiness=readiness(),
         )
 
-    async def unload(self, model_id: str) -> ModelView:
-        last = self.model(model_id)
+    async def unload(self, model_id: str) -> None:
+        self.model(model_id)
         del self.views[model_id]
-        return last
 
-    async def release(self, model_id: str) -> ModelView:
-        last = self.model(model_id)
-        if last.readiness.state != "quarantined":
+    async def release(self, model_id: str) -> None:
+        if self.model(model_id).readiness.state != "quarantined":
             raise CodedError(ErrorCode.MODEL_CONFLICT, f"{model_id} is not quarantined")
         del self.views[model_id]
-        return last
 
     async def compatibility(
         self,
@@ -188,6 +192,8 @@ class FakeFleet(Fleet):
 
     async def start(self) -> None:
         self.started = True
+        if self.on_start is not None:
+            self.on_start()
 
     async def stop(self) -> None:
         self.stopped = True

@@ -95,7 +95,7 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 
 async def chat_completions(gateway: Gateway, call: Call) -> Response:
     started = time.perf_counter()
-    request = await read_json(call, _decoder, gateway.settings.max_body_bytes)
+    request = await read_json(call, _decoder, gateway.settings)
     streaming = bool(request.stream)
     stream = submit(gateway, call, request.model, to_generate(request), streaming=streaming)
     system_fingerprint = fingerprint(gateway, request.model)
@@ -150,7 +150,7 @@ def _content(content: str | list[Part] | None, at: str) -> str:
     texts = []
     for i, part in enumerate(content):
         if part.type != "text":
-            raise unsupported(f"{at}[{i}]")
+            raise unsupported(f"{at}[{i}]", f"parts of type {part.type[:50]!r} are")
         if part.text is None:
             param = f"{at}[{i}].text"
             raise CodedError(ErrorCode.MISSING_PARAMETER, f"{param} is required", param=param)

@@ -56,7 +56,7 @@ _decoder = msgspec.json.Decoder(CompletionRequest)
 
 async def completions(gateway: Gateway, call: Call) -> Response:
     started = time.perf_counter()
-    request = await read_json(call, _decoder, gateway.settings.max_body_bytes)
+    request = await read_json(call, _decoder, gateway.settings)
     requests = to_generates(request, gateway.settings.max_queue)
     streaming = bool(request.stream)
     if streaming and len(requests) > 1:

@@ -94,10 +94,10 @@ def refuse_unsupported(fields: msgspec.Struct, harmless: Mapping[str, Collection
             raise unsupported(name)
 
 
-def unsupported(param: str) -> CodedError:
+def unsupported(param: str, what: str = "this value is") -> CodedError:
     return CodedError(
         ErrorCode.UNSUPPORTED_PARAMETER,
-        f"{param}: this value is not supported by this server",
+        f"{param}: {what} not supported yet",
         param=param,
     )
 

@@ -82,18 +82,28 @@ def test_ps(url: str, fleet: FakeFleet) -> None:
     assert result.exit_code == 0
     header, b, m = result.stdout.splitlines()
     assert header.split()[:3] == ["MODEL", "STATE", "BACKEND"]
-    assert b.split() == ["b", "quarantined", "simulated", "-", "0", "0", "0", "3", "crashes"]
-    assert m.split()[:6] == ["org/m", "routable", "simulated", "0.50", "GB", "1"]
+    assert b.split() == [
+        *("b", "quarantined", "simulated", "-", "2048", "0", "0", "0", "3", "crashes")
+    ]
+    assert m.split()[:7] == ["org/m", "routable", "simulated", "0.50", "GB", "2048", "1"]
     assert [model["id"] for model in json.loads(opta("ps", "--url", url, "--json").stdout)] == [
         "b",
         "org/m",
     ]
 
 
+def test_ps_shows_probation_and_nothing_that_moves_the_cursor(url: str, fleet: FakeFleet) -> None:
+    fleet.add(view("p", readiness=readiness(reason="a\x1b[2Jb\n", probation=True)))
+    result = opta("ps", "--url", url)
+    assert "routable (probation)" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
 def test_load_unload_release(url: str, fleet: FakeFleet, tmp_path: Path) -> None:
     fleet.load_may_end.set()
     result = opta("load", "org/new", "--backend", "llama", "--url", url)
     assert result.stdout == "org/new is routable in 0.0 s\n"
+    assert result.stderr.startswith("loading org/new ...")
     assert [(spec.backend, spec.path) for spec in fleet.loads] == [("llama", None)]
     path = tmp_path / "tiny.gguf"
     path.touch()
@@ -105,6 +115,25 @@ def test_load_unload_release(url: str, fleet: FakeFleet, tmp_path: Path) -> None
     fleet.add(view("org/q", readiness=readiness("quarantined")))
     result = opta("release", "org/q", "--url", url)
     assert result.stdout == "org/q released from quarantine\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "again"),
+    [(ErrorCode.MODEL_LOADER_CRASHED, True), (ErrorCode.MODEL_INCOMPLETE, False)],
+)
+def test_a_failed_load_says_whether_it_is_tried_again(
+    url: str, fleet: FakeFleet, code: ErrorCode, again: bool
+) -> None:
+    fleet.refusal = CodedError(code, "it broke")
+    result = opta("load", "x", "--url", url)
+    assert result.exit_code == 1
+    assert f"error: it broke ({code.value})" in result.stderr
+    assert ("tried again in the background" in result.stderr) is again
+
+
+def test_a_file_that_is_not_there_is_no_id() -> None:
+    result = opta("load", "./no.gguf")
+    assert (result.exit_code, result.stderr) == (2, "error: ./no.gguf: no such file or folder\n")
 
 
 def test_errors_of_the_server_are_shown(url: str, fleet: FakeFleet) -> None:
@@ -131,11 +160,25 @@ def test_url_from_the_environment(url: str) -> None:
     assert opta("ps", env={**KEYS, "OPTA_LMX_URL": url}).exit_code == 0
 
 
+def test_port_from_the_environment(url: str) -> None:
+    port = url.rpartition(":")[2]
+    assert opta("ps", env={**KEYS, "OPTA_LMX_PORT": port}).exit_code == 0
+    result = opta("ps", env={**KEYS, "OPTA_LMX_PORT": "0"})
+    assert (result.exit_code, "OPTA_LMX_PORT=0" in result.stderr) == (1, True)
+
+
+def test_keys_that_fit_no_header_are_an_error(url: str) -> None:
+    result = opta("ps", "--url", url, "--admin-key", "ü")
+    assert result.exit_code == 1
+    assert "--admin-key / OPTA_LMX_ADMIN_KEY must be printable ASCII" in result.stderr
+
+
 def test_a_bad_url_is_an_error_not_a_traceback() -> None:
     for url in ("http://[", "ftp://x", "localhost:1"):
         result = opta("ps", "--url", url)
         assert result.exit_code == 1
         assert result.stderr.startswith("error: ")
+    assert "--url" in opta("ps", "--url", "localhost:1").stderr
 
 
 def test_chat_prompt_and_pipe(url: str, fleet: FakeFleet) -> None:
@@ -146,7 +189,7 @@ def test_chat_prompt_and_pipe(url: str, fleet: FakeFleet) -> None:
     first, second = [submitted.request for submitted in fleet.requests]
     assert [(m.role, m.content) for m in first.messages or []] == [("system", "S"), ("user", "Hi")]
     assert [(m.role, m.content) for m in second.messages or []] == [("user", "two\nlines\n")]
-    assert second.max_tokens == 7
+    assert (second.max_tokens, second.sampling.temperature) == (7, 0.7)
     assert opta("chat", "org/m", "--url", url, stdin="").exit_code == 1
 
 
@@ -155,6 +198,49 @@ def test_chat_errors(url: str, fleet: FakeFleet) -> None:
     result = opta("chat", "org/m", "--prompt", "x", "--url", url)
     assert result.exit_code == 1
     assert result.stderr == "error: it is quarantined (model_unstable)\n"
+
+
+def test_chat_survives_odd_text(url: str, fleet: FakeFleet) -> None:
+    result = CliRunner().invoke(app, ["chat", "org/m", "--url", url], env=KEYS, input=b"\xff")
+    assert result.exit_code == 1
+    assert "not valid UTF-8" in result.stderr
+    result = opta("chat", "org/m", "--prompt", "\udcff", "--url", url)
+    assert result.exit_code == 1
+    assert "not valid UTF-8" in result.stderr
+    fleet.script = ("a\x1b[31m\tb", "\x07\x9b\r\nc")
+    assert opta("chat", "org/m", "--prompt", "x", "--url", url).stdout == "a[31m\tb\nc\n"
+    fleet.script = ("\N{GRINNING FACE}",)
+    result = CliRunner(charset="ascii").invoke(
+        app, ["chat", "org/m", "--prompt", "x", "--url", url], env=KEYS
+    )
+    assert (result.exit_code, result.stdout) == (0, "?\n")
+
+
+def test_ctrl_c_is_the_exit_status_of_one_question(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> Iterator[str]:
+        yield "Hel"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "chat", interrupted)
+    result = opta("chat", "org/m", "--prompt", "x", "--url", url)
+    assert (result.exit_code, result.stdout) == (130, "Hel\n")
+
+
+def test_a_conversation_with_nobody_does_not_begin(url: str, fleet: FakeFleet) -> None:
+    with Client(url, api_key="i") as client, pytest.raises(ClientError, match="model_not_found"):
+        Session(client, "nobody").converse()
+
+
+@pytest.mark.parametrize("farewell", ["/exit", " /quit "])
+def test_a_conversation_ends_when_told(
+    url: str, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch, farewell: str
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda _prompt: farewell)
+    with Client(url, api_key="i") as client:
+        Session(client, "org/m").converse()
+    assert not fleet.requests
 
 
 def test_a_conversation_remembers(
@@ -188,7 +274,10 @@ def test_an_answer_cut_short_is_an_error() -> None:
         def answer() -> None:
             connection, _ = listener.accept()
             with connection:
-                connection.recv(65536)
+                # All of it: closing with unread data would reset the connection.
+                asked = b""
+                while not asked.endswith(b"}"):
+                    asked += connection.recv(65536)
                 connection.sendall(
                     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
                     b'data: {"choices":[{"delta":{"content":"Hel"}}]}\n\n'
@@ -252,7 +341,29 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     assert not loaded & {"rich", "httpx", "uvicorn", "starlette", "zmq", "asyncio", "msgspec"}
 
 
-def test_version() -> None:
-    result = opta("version")
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version(argument: str) -> None:
+    result = opta(argument)
     assert result.exit_code == 0
     assert result.stdout.strip()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_a_full_disk_is_said_plainly() -> None:
+    command = [sys.executable, "-m", "supervisor.cli", "version"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write the output: No space left on device\n"
+
+
+def test_a_home_that_cannot_be_made_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("supervisor.logs.set_up", lambda level: None)
+    (tmp_path / "file").touch()
+    home = str(tmp_path / "file" / "home")
+    result = opta("serve", "--home", home, "--port", "0", env={})
+    assert result.exit_code == 1
+    expected = f"error: cannot use {home} as the home folder (--home / OPTA_LMX_HOME): Not a"
+    assert result.stderr.startswith(expected)

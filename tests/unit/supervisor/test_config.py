@@ -110,7 +110,7 @@ def test_home_flag(home: Path, tmp_path: Path) -> None:
         ("api_key = 'a b'", "api_key"),
         ("sse_keepalive_s = 0", "sse_keepalive_s"),
         ("sse_keepalive_s = inf", "sse_keepalive_s"),
-        ("load_timeout_s = nan", "load_timeout_s"),
+        ("load_stall_s = nan", "load_stall_s"),
         ("failure_threshold = 0", "failure_threshold"),
         ("max_queue = 0", "max_queue"),
         ("threads = 0", "threads"),
@@ -144,12 +144,24 @@ def test_mistakes_in_the_file_name_it_and_the_key(home: Path, text: str, key: st
         ("models_dir", "~nobody-of-this-name/x"),
         ("enable_simulated", "maybe"),
         ("admin_key", ""),
-        ("port", ""),
     ],
 )
 def test_mistakes_in_the_environment_name_the_variable(home: Path, name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"OPTA_LMX_{name.upper()}"):
         load(home, **{name: value})
+
+
+def test_an_empty_variable_counts_as_unset(home: Path) -> None:
+    write(home, "port = 1\nmodels = [{path = 'x'}]\n")
+    settings = load(home, port="", models="", config="", threads="")
+    assert settings.port == 1
+    assert settings.models == (ModelSetting(path="x"),)
+
+
+@pytest.mark.parametrize("name", ["load", "a//b", "/a", "a/", "../a", "a" * 257, "a\nb"])
+def test_a_name_that_cannot_be_an_id(home: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="--model: the id"):
+        load(home, {"models": [f"{name}=/d"]})
 
 
 def test_mistakes_in_flags_name_the_flag(home: Path) -> None:

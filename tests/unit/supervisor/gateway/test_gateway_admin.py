@@ -7,7 +7,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from protocol.errors import CodedError, ErrorCode
-from supervisor.fleet import LoadSpec
+from supervisor.gate import LoadSpec
 from tests.support.asgi import Exchange
 from tests.support.fake_fleet import FakeFleet, readiness, view
 
@@ -68,7 +68,6 @@ async def test_every_field_reaches_the_fleet(client: httpx.AsyncClient, fleet: F
         "keep_alive_sec": 60,
         "context_length": 4096,
         "wait": None,
-        "of_a_later_version": 1,
     }
     assert (await client.post(LOAD, json=request)).status_code == 200
     assert fleet.loads == [
@@ -139,6 +138,9 @@ async def test_a_load_that_fails_says_how(
         ({"model_id": "x", "context_length": 0}, "invalid_value", "context_length"),
         ({"model_id": "x", "allow_unsupported_runtime": "yes"}, "invalid_type", None),
         ({"model_id": "x", "wait": 1}, "invalid_type", "wait"),
+        ({"model_id": "x", "contxt_length": 1}, "unsupported_parameter", "contxt_length"),
+        ({"model_id": "x", "path": "/a\0b"}, "invalid_value", "path"),
+        ({"model_id": "x", "path": "/" * 5000}, "invalid_value", "path"),
         ([], "invalid_type", None),
     ],
 )
@@ -150,6 +152,36 @@ async def test_bad_loads(
     error = answer.json()["error"]
     assert error["code"] == code
     assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "model_id",
+    [
+        *("/a\0b", "/" * 4097, "a\nb", "a\x7f", "a" * 257),
+        *("a/", "a//b", "a/./b", "..", "a/../b", "a:../b"),
+        *("load", "unload", "compatibility", "available", "download", "downloads", "probe"),
+    ],
+)
+async def test_ids_that_could_not_be_addressed(
+    client: httpx.AsyncClient, fleet: FakeFleet, model_id: str
+) -> None:
+    answer = await client.post(LOAD, json={"model_id": model_id, "wait": False})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", "model_id")
+    assert not fleet.loads
+
+
+@pytest.mark.parametrize("model_id", ["org/name:file", "a b", "loads", "a..b", "ü", "/a/../b.gguf"])
+async def test_ids_that_are_good(client: httpx.AsyncClient, model_id: str) -> None:
+    answer = await client.post(LOAD, json={"model_id": model_id, "wait": False})
+    assert answer.status_code == 202
+
+
+async def test_unload_takes_no_unknown_fields(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/admin/models/unload", json={"model_id": "m", "force": True})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "force"
 
 
 async def test_unload(client: httpx.AsyncClient, fleet: FakeFleet) -> None:

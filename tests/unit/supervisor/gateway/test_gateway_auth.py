@@ -125,6 +125,17 @@ async def test_other_names_are_refused_without_keys(
     assert await status(make_app, path, {"host": host}) == expected
 
 
+@pytest.mark.parametrize(("version", "expected"), [("1.0", 200), ("1.1", 403)])
+async def test_only_http_1_0_may_leave_the_host_out(
+    make_app: MakeApp, version: str, expected: int
+) -> None:
+    exchange = Exchange(make_app(), "GET", ADMIN_PATH)
+    exchange.scope["http_version"] = version
+    exchange.scope["headers"] = []
+    await exchange.finish()
+    assert exchange.status == expected
+
+
 async def test_other_names_are_answered_with_a_key(make_app: MakeApp) -> None:
     headers = {"host": "box.lan", "x-api-key": API}
     assert await status(make_app, INFERENCE_PATH, headers, **BOTH) == (200, None)

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.gateway import errors
@@ -53,6 +53,7 @@ def test_every_code_has_a_status_and_a_type(code: ErrorCode) -> None:
         ("invalid_admin_key", 403),
         ("invalid_api_key", 401),
         ("model_crashed", 503),
+        ("request_timeout", 408),
         ("server_shutting_down", 503),
     ],
 )
@@ -148,12 +149,43 @@ async def test_wrong_media_type(client: httpx.AsyncClient) -> None:
         assert answer.status_code == 200
 
 
+async def test_an_encoded_body_is_refused(client: httpx.AsyncClient) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    answer = await client.post(CHAT, json=body, headers={"content-encoding": "gzip"})
+    assert answer.status_code == 415
+    assert assert_envelope(answer.json())["code"] == "unsupported_media_type"
+    answer = await client.post(CHAT, json=body, headers={"content-encoding": "identity"})
+    assert answer.status_code == 200
+
+
+async def test_a_byte_order_mark_is_skipped(client: httpx.AsyncClient) -> None:
+    body = b'\xef\xbb\xbf{"model": "m", "messages": [{"role": "user", "content": "x"}]}'
+    assert (await client.post(CHAT, content=body)).status_code == 200
+
+
+async def test_a_body_that_stalls_is_given_up(make_app: MakeApp) -> None:
+    class Stalling(Exchange):
+        async def _receive(self) -> Message:
+            if self.pieces_read == 0:
+                self.pieces_read = 1
+                return {"type": "http.request", "body": b"{", "more_body": True}
+            return await super()._receive()
+
+    exchange = Stalling(make_app(body_timeout_s=0.01), "POST", CHAT)
+    exchange._pieces.clear()
+    await exchange.finish()
+    assert exchange.status == 408
+    assert exchange.headers["connection"] == "close"
+    assert assert_envelope(exchange.json)["code"] == "request_timeout"
+
+
 async def test_announced_size_over_the_bound_is_refused_unread(make_app: MakeApp) -> None:
     headers = {"content-length": "101"}
     exchange = Exchange(make_app(max_body_bytes=100), "POST", CHAT, headers=headers)
     await exchange.finish()
     assert exchange.status == 413
     assert exchange.pieces_read == 0
+    assert exchange.headers["connection"] == "close"
     assert assert_envelope(exchange.json)["code"] == "request_too_large"
 
 

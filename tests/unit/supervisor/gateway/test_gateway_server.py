@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shlex
 import signal
@@ -20,9 +21,9 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.gateway import server
-from supervisor.gateway.announce import announce
+from supervisor.gateway.announce import Announcer
 from supervisor.metrics import Metrics
-from supervisor.settings import Settings
+from supervisor.settings import ModelSetting, Settings
 from tests.support.asgi import events
 from tests.support.fake_fleet import FakeFleet
 
@@ -80,7 +81,7 @@ async def test_an_oversized_body_gets_an_answer(serve: Serve) -> None:
     async with serve(max_body_bytes=1000) as url, httpx.AsyncClient() as client:
         answer = await client.post(f"{url}/v1/chat/completions", content=b" " * 3_000_000)
         assert answer.status_code == 413
-        # The connection is still good.
+        assert answer.headers["connection"] == "close"
         assert (await client.get(f"{url}/healthz")).status_code == 200
 
 
@@ -97,7 +98,7 @@ async def test_disconnect_of_a_real_client(serve: Serve, fleet: FakeFleet) -> No
             await submitted.cancellation.wait()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_signal_lets_a_stream_finish(
     fleet: FakeFleet, tmp_path: Path, signum: signal.Signals
 ) -> None:
@@ -122,6 +123,30 @@ async def test_a_signal_lets_a_stream_finish(
     assert fleet.stopped
 
 
+async def wait_until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not true():  # noqa: ASYNC110 - log records set no event
+            await asyncio.sleep(0.01)
+
+
+async def test_asked_twice_it_leaves_no_traceback(
+    fleet: FakeFleet, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    fleet.script = None
+    async with httpx.AsyncClient() as client:
+        async with serve(shutdown_grace_s=60) as url:
+            address = f"{url}/v1/chat/completions"
+            asking = asyncio.create_task(client.post(address, json={**BODY, "stream": True}))
+            (await fleet.request()).accept()
+            # The way out of ``serve`` asks for the second time.
+            os.kill(os.getpid(), signal.SIGINT)
+            await wait_until(lambda: "stopping; waiting up to 60 s" in caplog.text)
+        assert events((await asking).content)[-1]["error"]["code"] == "server_shutting_down"
+    assert "stopping now" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 async def test_what_outlasts_the_grace_is_told(fleet: FakeFleet, serve: Serve) -> None:
     fleet.script = None
     async with httpx.AsyncClient() as client:
@@ -139,7 +164,8 @@ async def test_what_outlasts_the_grace_is_told(fleet: FakeFleet, serve: Serve) -
 def test_a_port_in_use_is_said_plainly(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = Settings(home=tmp_path, port=taken.getsockname()[1])
-        with pytest.raises(server.BindRefused, match=r"cannot listen on 127\.0\.0\.1:"):
+        expected = r"cannot listen on 127\.0\.0\.1:.*--port / OPTA_LMX_PORT"
+        with pytest.raises(server.BindRefused, match=expected):
             server.bind(settings)
 
 
@@ -147,7 +173,7 @@ def test_a_port_in_use_is_said_plainly(tmp_path: Path) -> None:
 def test_open_sides_are_not_offered_to_the_network(tmp_path: Path, host: str) -> None:
     for admin, api in ((None, None), ("a", None), (None, "b")):
         settings = Settings(home=tmp_path, host=host, admin_key=admin, api_key=api)
-        with pytest.raises(server.BindRefused, match="reachable from outside"):
+        with pytest.raises(server.BindRefused, match=r"reachable from outside.*OPTA_LMX_A"):
             server.require_keys(settings)
     server.require_keys(Settings(home=tmp_path, host=host, admin_key="a", api_key="b"))
     server.require_keys(Settings(home=tmp_path, host=host, allow_unauthenticated=True))
@@ -168,17 +194,55 @@ def test_base_url(tmp_path: Path, host: str, url: str) -> None:
 
 
 def test_announce_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    announce(Settings(home=tmp_path, api_key="s3cret"), "org/it's", None)
+    Announcer(Settings(home=tmp_path, api_key="s3cret")).loaded("org/it's", None)
     output = capsys.readouterr().out
     assert "http://127.0.0.1:8000/v1\n" in output
     assert "s3cret" not in output
     command = shlex.split(output[output.index("curl") :])
     assert command[1] == "http://127.0.0.1:8000/v1/chat/completions"
-    assert json.loads(command[-1])["model"] == "org/it's"
+    request = json.loads(command[-1])
+    assert request["model"] == "org/it's"
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+
+
+def test_announce_names_the_bound_address(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Announcer(Settings(home=tmp_path, host="0.0.0.0", port=9)).loaded("m", None)
+    expected = "http://127.0.0.1:9 (bound to 0.0.0.0:9, every address of this machine)\n"
+    assert expected in capsys.readouterr().out
 
 
 def test_announce_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = (ModelSetting(path="m"), ModelSetting(path="n"))
+    announcer = Announcer(Settings(home=tmp_path, models=models))
+    announcer.started()
     error = CodedError(ErrorCode.MODEL_INCOMPLETE, "shard 2 is missing")
-    announce(Settings(home=tmp_path), "m", error)
-    expected = "m failed to load: shard 2 is missing (model_incomplete)\n"
+    announcer.loaded("m", error)
+    first, *more = capsys.readouterr().out.splitlines()
+    assert first == "m failed to load: shard 2 is missing (model_incomplete)"
+    assert more[-1].endswith("opta-lmx load MODEL")
+    announcer.loaded("n", error)
+    expected = "n failed to load: shard 2 is missing (model_incomplete)\n"
     assert capsys.readouterr().out == expected
+
+
+def test_announce_a_server_without_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Announcer(Settings(home=tmp_path, port=81)).started()
+    output = capsys.readouterr().out
+    assert "http://127.0.0.1:81/v1\n" in output
+    assert output.endswith("opta-lmx load MODEL --url http://127.0.0.1:81\n")
+
+
+def test_an_open_server_on_the_network_is_warned_about(
+    fleet: FakeFleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(home=tmp_path, host="0.0.0.0", port=0, allow_unauthenticated=True)
+    fleet.on_start = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with caplog.at_level(logging.INFO):
+        server.run(fleet, settings, Metrics())
+    [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warning.startswith("everyone who can reach this address may use /admin and /v1")
+    assert "(bound to 0.0.0.0:" in caplog.text

@@ -1,0 +1,200 @@
+"""One client connection: deadlines and bounds for what arrives before a handler can look.
+
+Handlers bound what they read; this bounds what no handler sees. A request's head
+(request line and headers) must be there whole within ``head_timeout_s``, counted
+from the connection's opening or from the first byte after the previous answer,
+and may not be larger than ``MAX_HEAD_BYTES``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+from protocol.errors import CodedError, ErrorCode
+from supervisor.gateway.errors import error_body, status_of
+
+MAX_HEAD_BYTES = 64 * 1024
+
+#: How long to swallow what a client still sends after its last answer.
+_LINGER_S = 5.0
+
+
+class _HeadTooLarge(Exception):
+    """Ends the parsing from inside one of the parser's callbacks."""
+
+
+def protocol(head_timeout_s: float) -> type[HttpToolsProtocol]:
+    """The protocol class that uvicorn makes an instance of for each connection."""
+
+    class Protocol(_Connection):
+        pass
+
+    Protocol.head_timeout_s = head_timeout_s
+    return Protocol
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's protocol, with deadlines, our envelope, and a patient close."""
+
+    head_timeout_s: float
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._lingering = False
+        self._in_body = False
+        #: Bytes of the head that is arriving, and since when it is awaited. None:
+        #: a request runs, or the connection rests between two (uvicorn's keep-alive).
+        self._head_bytes = 0
+        self._head_since: float | None = self.loop.time()
+        self._unfinished = _Unfinished(self)
+        # One timer per connection, which looks whether anything is overdue: a
+        # request costs a store of the time.
+        self._timer = self.loop.call_later(self.head_timeout_s, self._look_at_head)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering:
+            return
+        if self._head_since is None and not self._busy():
+            self._head_since = self.loop.time()
+        if not self._in_body:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        # A complete head set it back to zero.
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(_too_large())
+
+    def on_headers_complete(self) -> None:
+        # What came with the head, a body or the next request, is in the count as well.
+        if self._head_bytes > MAX_HEAD_BYTES and self._head_size() > MAX_HEAD_BYTES:
+            raise _HeadTooLarge
+        super().on_headers_complete()
+        self._head_since = None
+        self._head_bytes = 0
+        self._in_body = True
+        self.cycle.transport = self._unfinished
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_body = False
+        self.cycle.transport = self.transport
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether to keep the connection although the client sends no more.
+
+        Nobody can tell a client that has gone from one that has only finished
+        sending. Generation must end with its client, so there it counts as gone;
+        any other answer is still delivered.
+        """
+        if self._lingering or self._in_body or not self._busy():
+            return False
+        scope = self.cycle.scope
+        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+            return False
+        self.cycle.keep_alive = False
+        return True
+
+    def send_400_response(self, msg: str) -> None:
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(_too_large())
+        else:
+            self._refuse(CodedError(ErrorCode.INVALID_VALUE, msg))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        # It is answered as if it had not asked. The parser stops at an upgrade,
+        # so this request is the connection's last.
+        self.cycle.keep_alive = False
+
+    def linger(self) -> None:
+        """Close, but let a client that still sends read its answer first.
+
+        Closing with unread data makes the kernel reset the connection, and the
+        client sees that instead of the answer.
+        """
+        if self._lingering:
+            return
+        self._lingering = True
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._timer.cancel()
+        self._timer = self.loop.call_later(_LINGER_S, self.transport.abort)
+
+    def _busy(self) -> bool:
+        """Whether a request has been received that is not answered yet."""
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _head_size(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
+    def _look_at_head(self) -> None:
+        now = self.loop.time()
+        if self._head_since is None or self._busy():
+            self._head_since = None if self._head_since is None else now
+            due = now + self.head_timeout_s
+        else:
+            due = self._head_since + self.head_timeout_s
+            # The loop's clock has the timer's granularity: a hair early is on time.
+            if now >= due - 0.001:
+                self._give_up()
+                return
+        self._timer = self.loop.call_later(due - now, self._look_at_head)
+
+    def _give_up(self) -> None:
+        if self._in_body or not self._head_bytes:
+            # The rest of a request that was answered early, or no request at all.
+            self.transport.close()
+            return
+        self._refuse(
+            CodedError(
+                ErrorCode.REQUEST_TIMEOUT,
+                f"the request's headers were not complete after {self.head_timeout_s:g} s",
+            )
+        )
+
+    def _refuse(self, error: CodedError) -> None:
+        """Answer what never reached a handler, and close."""
+        if self._busy():
+            # An answer is under way; another one would end up in the middle of it.
+            self.transport.close()
+            return
+        body = error_body(error)
+        head = (
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {secrets.token_hex(16)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[status_of(error.code)] + head.encode() + body)
+        self.linger()
+
+
+class _Unfinished(asyncio.Transport):
+    """What a request writes to while its body is not here yet: closing it lingers."""
+
+    def __init__(self, connection: _Connection) -> None:
+        super().__init__()
+        self._connection = connection
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._connection.transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._connection.transport.is_closing()
+
+    def close(self) -> None:
+        self._connection.linger()
+
+
+def _too_large() -> CodedError:
+    return CodedError(
+        ErrorCode.INVALID_VALUE, f"the request's headers are larger than {MAX_HEAD_BYTES} bytes"
+    )
