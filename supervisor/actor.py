@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import psutil
 import zmq
 
@@ -24,11 +23,16 @@ from protocol.messages import Generate, Load
 from supervisor import lifecycle
 from supervisor.accounts import AccountStore
 from supervisor.canary import CanaryFailed, CanaryImpossible, CanaryReport, run_canary
+from supervisor.casefile import CaseFile
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
+from supervisor.incidents import Fingerprints, IncidentStore
+from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Command, Event, Readiness, State
+from supervisor.memory import Footprint
 from supervisor.metrics import Metrics
 from supervisor.quarantine import FailureKind, Policy, count_in_window
+from supervisor.recorder import Recorder
 from supervisor.registry import Registry
 from supervisor.requests import RequestTable
 from supervisor.settings import Settings
@@ -46,6 +50,9 @@ class Services:
     policy: Policy
     registry: Registry
     accounts: AccountStore
+    incidents: IncidentStore
+    fingerprints: Fingerprints
+    ledger: WorkerLedger
     metrics: Metrics
     zmq_context: zmq.Context[zmq.Socket[bytes]]
     socket_folder: Path
@@ -71,6 +78,14 @@ class Actor:
         self._load_waiters: set[asyncio.Future[ReadinessView]] = set()
         self._changed = asyncio.Event()
         self._spawned_at = 0.0
+        self._memory_baseline: int | None = None
+        self._recorder = Recorder(
+            spec,
+            registry=services.registry,
+            incidents=services.incidents,
+            fingerprints=services.fingerprints,
+            metrics=services.metrics,
+        )
         self._loaded_at: float | None = None
         self._request_count = 0
         self._last_used_at: float | None = None
@@ -175,7 +190,7 @@ class Actor:
             queued=in_hand - in_flight,
             last_used_at=self._last_used_at,
             keep_alive_sec=spec.keep_alive_sec,
-            last_incident_id=None,
+            last_incident_id=self._recorder.last_incident_id,
         )
 
     def readiness(self) -> ReadinessView:
@@ -201,6 +216,32 @@ class Actor:
         except psutil.Error:
             return None
 
+    @property
+    def worker(self) -> tuple[int, int] | None:
+        """Generation and pid of the live worker."""
+        if self._generation is None:
+            return None
+        return self._generation.number, self._generation.pid
+
+    def footprint(self, generation: int, size: int) -> Footprint | None:
+        """Note what the worker holds, in bytes; None if it is another one by now."""
+        if self._generation is None or self._generation.number != generation:
+            return None
+        self._generation.case.sample(size)
+        if self._memory_baseline is None and self._loaded_at is not None:
+            self._memory_baseline = size
+        return Footprint(
+            model_id=self.spec.model_id,
+            generation=generation,
+            size=size,
+            baseline=self._memory_baseline,
+            limit=self.spec.memory_limit_bytes,
+        )
+
+    def fail(self, generation: int, kind: FailureKind, reason: str) -> None:
+        """Somebody outside found the worker to be failing."""
+        self._inbox.put_nowait(lifecycle.WorkerFailed(generation, kind, reason, random.random()))
+
     async def close(self) -> None:
         """End the task of a model that has no worker any more, and wait for it."""
         self.abandon()
@@ -221,11 +262,17 @@ class Actor:
             except Exception:
                 # A model that nobody drives any more would be worse than what failed.
                 log.exception("%s: %s", self.spec.model_id, event)
-            if isinstance(event, lifecycle.WorkerExited) and self._is_current(event.generation):
-                self._generation = None
+            if isinstance(event, lifecycle.WorkerExited):
+                self._bury(event.generation)
 
-    def _is_current(self, generation: int) -> bool:
-        return self._generation is not None and self._generation.number == generation
+    def _bury(self, number: int) -> None:
+        """The process is gone: complete its incident and forget it."""
+        generation = self._generation
+        if generation is None or generation.number != number:
+            return
+        self._recorder.buried(generation)
+        self._services.ledger.remove(generation.pid)
+        self._generation = None
 
     def _apply_or_conflict(self, event: Event) -> None:
         try:
@@ -269,17 +316,18 @@ class Actor:
                 self._post_later(command.after_s, lifecycle.ProbationServed(command.generation))
             case lifecycle.OpenTraffic():
                 self._loaded_at = time.time()
+                if self._generation is not None:
+                    self._generation.case.note("routable")
                 self._requests.resume()
             case lifecycle.ParkRequests():
                 self._lose_worker()
-                self._requests.park(
-                    CodedError(ErrorCode.MODEL_CRASHED, self._explain(command.reason))
-                )
+                self._requests.park(self._crash_error(ErrorCode.MODEL_CRASHED, command.reason))
             case lifecycle.FailRequests():
                 self._lose_worker()
-                self._requests.fail_all(CodedError(command.code, self._explain(command.reason)))
+                self._requests.fail_all(self._crash_error(command.code, command.reason))
             case lifecycle.RecordPass():
-                self._record_pass()
+                assert self._canary_report is not None
+                self._recorder.passed(self._canary_report, time.monotonic() - self._spawned_at)
             case lifecycle.RecordFailure():
                 self._record_failure(command)
             case lifecycle.AnswerLoads():
@@ -294,6 +342,13 @@ class Actor:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(delay_s, self._inbox.put_nowait, event)
 
+    def _crash_error(self, code: ErrorCode, reason: str) -> CodedError:
+        """What a request gets whose model failed, or left; with the incident if there is one."""
+        crashed = code in {ErrorCode.MODEL_CRASHED, ErrorCode.MODEL_UNSTABLE}
+        incident_id = self._recorder.last_incident_id if crashed else None
+        details = {} if incident_id is None else {"incident_id": incident_id}
+        return CodedError(code, self._explain(reason), details=details)
+
     def _explain(self, reason: str) -> str:
         return f"model {self.spec.model_id!r}: {reason}"
 
@@ -307,6 +362,13 @@ class Actor:
         )
         self._spawned_at = time.monotonic()
         self._loaded_at = None
+        self._memory_baseline = None
+        case = CaseFile(
+            model=self.spec.model_id,
+            generation=number,
+            backend=self.spec.backend,
+            backend_version=self.spec.backend_version,
+        )
         try:
             generation = Generation(
                 number,
@@ -315,6 +377,7 @@ class Actor:
                 backend=self.spec.backend,
                 backend_version=self.spec.backend_version,
                 settings=settings,
+                case=case,
                 zmq_context=self._services.zmq_context,
                 socket_folder=self._services.socket_folder,
                 requests=self._requests,
@@ -325,6 +388,7 @@ class Actor:
             self._inbox.put_nowait(lifecycle.SpawnFailed(number, reason))
             return
         self._generation = generation
+        self._services.ledger.add(generation.pid)
         self._inbox.put_nowait(lifecycle.WorkerSpawned(number))
 
     def _lose_worker(self) -> None:
@@ -366,50 +430,15 @@ class Actor:
 
     # --- carrying out ---
 
-    def _record_pass(self) -> None:
-        self._services.metrics.canary_ended(self.spec.model_id, "pass")
-        assert self._canary_report is not None
-        self._services.registry.add(
-            model=self.spec.model_id,
-            backend=self.spec.backend,
-            backend_version=self.spec.backend_version,
-            outcome="pass",
-            reason="canary passed",
-            metadata={
-                **msgspec.to_builtins(self._canary_report),
-                "load_s": round(time.monotonic() - self._spawned_at, 3),
-                **self._file_metadata(),
-            },
+    def _record_failure(self, failure: lifecycle.RecordFailure) -> None:
+        account, now = self.state.account, time.monotonic()
+        self._recorder.failed(
+            failure,
+            self._generation,
+            self._requests.running(),
+            quarantined=account.quarantined,
+            crash_count=count_in_window(account, self._services.policy, now),
         )
-
-    def _record_failure(self, command: lifecycle.RecordFailure) -> None:
-        if command.kind is not None:
-            self._services.metrics.worker_failed(self.spec.model_id, command.kind)
-        if command.code is ErrorCode.MODEL_CANARY_FAILED:
-            self._services.metrics.canary_ended(self.spec.model_id, "fail")
-        tail = self._generation.output_tail if self._generation is not None else ""
-        self._services.registry.add(
-            model=self.spec.model_id,
-            backend=self.spec.backend,
-            backend_version=self.spec.backend_version,
-            outcome="fail",
-            reason=command.reason,
-            metadata={
-                "code": command.code,
-                "kind": command.kind,
-                "generation": self.state.generation,
-                "output_tail": tail[-2000:],
-                **self._file_metadata(),
-            },
-        )
-
-    def _file_metadata(self) -> dict[str, object]:
-        files = self.spec.files
-        return {
-            "digest": files.digest,
-            "architecture": files.architecture,
-            "quantization": files.quantization,
-        }
 
     def _answer_loads(self, command: lifecycle.AnswerLoads) -> None:
         waiters, self._load_waiters = self._load_waiters, set()

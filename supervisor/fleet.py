@@ -17,10 +17,14 @@ from supervisor.accounts import AccountStore
 from supervisor.actor import Actor, Services, unstable
 from supervisor.admission import BlockRule
 from supervisor.channel import make_socket_folder
+from supervisor.footprint import available_bytes, footprint_bytes
 from supervisor.gate import Gate, LoadSpec, ModelSpec
+from supervisor.incidents import Fingerprints, Incident, IncidentStore
+from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Readiness
+from supervisor.memory import judge
 from supervisor.metrics import Metrics
-from supervisor.quarantine import Policy, release
+from supervisor.quarantine import FailureKind, Policy, release
 from supervisor.registry import Registry
 from supervisor.settings import Settings
 from supervisor.stream import RequestStream
@@ -50,6 +54,9 @@ class Fleet:
         self._on_autoload = on_autoload
         self._registry = Registry(settings.home)
         self._accounts = AccountStore(settings.home)
+        self._incidents = IncidentStore(settings.home)
+        self._ledger = WorkerLedger(settings.home)
+        self._ledger.sweep()
         self._gate = Gate(settings, self._registry, blocklist)
         self._zmq_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket_folder = make_socket_folder(settings.home)
@@ -63,6 +70,9 @@ class Fleet:
             ),
             registry=self._registry,
             accounts=self._accounts,
+            incidents=self._incidents,
+            fingerprints=Fingerprints(settings.home),
+            ledger=self._ledger,
             metrics=metrics,
             zmq_context=self._zmq_context,
             socket_folder=Path(self._socket_folder.name),
@@ -70,6 +80,7 @@ class Fleet:
         self._actors: dict[str, Actor] = {}
         #: Ids whose loads are being looked at, with their number.
         self._at_gate: Counter[str] = Counter()
+        self._memory_watch: asyncio.Task[None] | None = None
         self._autoload: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -101,6 +112,17 @@ class Fleet:
         return self._registry.query(
             model=model, backend=backend, outcome=outcome, since=since, limit=limit
         )
+
+    def incidents(self, *, model: str | None = None, limit: int = 100) -> list[Incident]:
+        """Newest first."""
+        return self._incidents.list(model=model, limit=limit)
+
+    def incident(self, incident_id: str) -> Incident:
+        """Raise ``not_found``."""
+        found = self._incidents.get(incident_id)
+        if found is None:
+            raise CodedError(ErrorCode.NOT_FOUND, f"no incident {incident_id!r}")
+        return found
 
     # --- requests ---
 
@@ -157,6 +179,7 @@ class Fleet:
     async def start(self) -> None:
         """Begin loading the configured models, one after the other, in the background."""
         self._autoload = asyncio.create_task(self._load_configured(), name="autoload")
+        self._memory_watch = asyncio.create_task(self._watch_memory(), name="memory watch")
 
     async def stop(self) -> None:
         """Stop every worker; answers everyone who waits. Every call waits for the end,
@@ -168,8 +191,9 @@ class Fleet:
     # --- inside ---
 
     async def _stop(self) -> None:
-        if self._autoload is not None:
-            self._autoload.cancel()
+        for task in (self._autoload, self._memory_watch):
+            if task is not None:
+                task.cancel()
         for actor in list(self._actors.values()):
             actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
         for actor in list(self._actors.values()):
@@ -178,6 +202,8 @@ class Fleet:
             await actor.close()
         await self._registry.flush()
         await self._accounts.flush()
+        await self._incidents.flush()
+        await self._ledger.flush()
         # Not ``term``, which would wait for ever for a socket that was forgotten.
         self._zmq_context.destroy(linger=0)
         self._socket_folder.cleanup()
@@ -274,6 +300,37 @@ class Fleet:
             raise unstable(model_id, actor.state.reason)
         return actor
 
+    async def _watch_memory(self) -> None:
+        settings = self._services.settings
+        while True:
+            started = time.monotonic()
+            workers = [(a, a.worker) for a in self._actors.values()]
+            pids = {worker[1]: (actor, worker[0]) for actor, worker in workers if worker}
+            if pids:
+                try:
+                    sizes, available = await asyncio.to_thread(_measure, list(pids))
+                    self._judge_memory(
+                        [(*pids[pid], size) for pid, size in sizes.items()], available
+                    )
+                except Exception:
+                    # Without this watch the rest still works, and the next look may too.
+                    log.exception("memory could not be looked at")
+            # Looking at a large process takes its time: never more than a twentieth of it.
+            took = time.monotonic() - started
+            await asyncio.sleep(max(settings.memory_interval_s, 20 * took))
+
+    def _judge_memory(self, sizes: list[tuple[Actor, int, int]], available: int) -> None:
+        footprints = [
+            footprint
+            for actor, generation, size in sizes
+            if (footprint := actor.footprint(generation, size)) is not None
+        ]
+        low_water = self._services.settings.memory_low_water_bytes
+        for verdict in judge(footprints, available=available, low_water=low_water):
+            actor = self._actors.get(verdict.model_id)
+            if actor is not None:
+                actor.fail(verdict.generation, FailureKind.MEMORY, verdict.reason)
+
     async def _load_configured(self) -> None:
         for spec in self._gate.configured:
             failure: CodedError | None = None
@@ -289,6 +346,12 @@ class Fleet:
                 self._on_autoload(spec.model_id, failure)
             except OSError as error:
                 log.warning("cannot report on %s: %s", spec.model_id, error)
+
+
+def _measure(pids: Sequence[int]) -> tuple[dict[int, int], int]:
+    """Footprints of those processes that are still there, and what the host has left."""
+    sizes = {pid: footprint_bytes(pid) for pid in pids}
+    return {pid: size for pid, size in sizes.items() if size is not None}, available_bytes()
 
 
 def _is_leaving(actor: Actor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -41,6 +40,7 @@ class ModelSpec:
     backend_version: str
     context_length: int | None
     keep_alive_sec: int | None
+    memory_limit_bytes: int | None
 
     @property
     def account_key(self) -> AccountKey:
@@ -74,7 +74,7 @@ class Gate:
     async def locate(self, spec: LoadSpec) -> Path:
         """Where the model's files should be. Raises ``model_not_found``."""
         if spec.path is not None:
-            return Path(os.path.abspath(spec.path))  # noqa: PTH100 - no system call needed
+            return _absolute(spec.path)
         configured = self._configured.get(spec.model_id)
         wanted = configured.path if configured is not None else spec.model_id
         return await asyncio.to_thread(modelfiles.find, wanted, self._settings.effective_models_dir)
@@ -103,6 +103,9 @@ class Gate:
                 spec.context_length or configured.context_length or self._settings.context_length
             ),
             keep_alive_sec=configured.keep_alive_sec if keep_alive is None else keep_alive,
+            memory_limit_bytes=(
+                configured.memory_limit_bytes or self._settings.worker_memory_limit_bytes
+            ),
         )
 
     def _check_blocklist(
@@ -123,9 +126,14 @@ class Gate:
         raise refusal
 
 
+def _absolute(path: str) -> Path:
+    """Relative paths are the server's, as on its command line."""
+    return Path(path).absolute()
+
+
 def _resolve(setting: ModelSetting) -> tuple[str, ModelSetting]:
     """The id of a configured model, and its setting with an absolute path if it is one."""
-    path = Path(setting.path).absolute()
+    path = _absolute(setting.path)
     if not modelfiles.exists(path):
         return setting.id or setting.path, setting
     model_id = setting.id or modelfiles.default_id(path)

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import secrets
+import signal
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -37,7 +38,9 @@ from protocol.messages import (
     Step,
     ToWorker,
 )
+from supervisor.casefile import CaseFile
 from supervisor.channel import Channel, ChannelClosed, ChannelFull
+from supervisor.footprint import oom_kills
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
 from supervisor.process import WorkerProcess
 from supervisor.quarantine import FailureKind
@@ -57,16 +60,6 @@ WATCH_INTERVAL_S = 1.0
 STACK_DUMP_S = 0.2
 
 
-class _Descriptor:
-    """A file descriptor that ``contextlib.closing`` can close."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def close(self) -> None:
-        os.close(self._number)
-
-
 class Generation:
     """A live worker. ``post`` takes lifecycle events; all on the event loop.
 
@@ -82,6 +75,7 @@ class Generation:
         backend: str,
         backend_version: str,
         settings: Settings,
+        case: CaseFile,
         zmq_context: zmq.Context[zmq.Socket[bytes]],
         socket_folder: Path,
         requests: RequestTable,
@@ -89,7 +83,8 @@ class Generation:
     ) -> None:
         self.number = number
         self.model: Loaded | None = None
-        self.load_fraction = 0.0
+        self.case = case
+        self._oom_kills = oom_kills()
         self._load = load
         self._backend_version = backend_version
         self._name = name
@@ -98,33 +93,32 @@ class Generation:
         self._post = post
         self._loop = asyncio.get_running_loop()
         self._greeted = False
+        self._stopping = False
         self._explained = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        with contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
             death_read, self._death_write = os.pipe()
+            always.callback(os.close, death_read)
             undo.callback(os.close, self._death_write)
-            with contextlib.closing(_Descriptor(death_read)):
-                self._channel = Channel(
-                    zmq_context,
-                    socket_folder,
-                    secrets.token_hex(4),
-                    on_message=self._on_message,
-                    on_violation=self._on_violation,
-                )
-                undo.callback(self._channel.close)
-                self._boot = WorkerBoot(
-                    data_endpoint=self._channel.data_endpoint,
-                    beat_endpoint=self._channel.beat_endpoint,
-                    nonce=secrets.token_hex(16),
-                    generation=number,
-                    backend=backend,
-                    parent_pid=os.getpid(),
-                    death_fd=death_read,
-                    beat_interval_s=settings.beat_interval_s,
-                )
-                self._process = WorkerProcess(
-                    self._boot, death_read, on_exit=self._on_exit, name=name
-                )
+            self._channel = Channel(
+                zmq_context,
+                socket_folder,
+                secrets.token_hex(4),
+                on_message=self._on_message,
+                on_violation=self._on_violation,
+            )
+            undo.callback(self._channel.close)
+            self._boot = WorkerBoot(
+                data_endpoint=self._channel.data_endpoint,
+                beat_endpoint=self._channel.beat_endpoint,
+                nonce=secrets.token_hex(16),
+                generation=number,
+                backend=backend,
+                parent_pid=os.getpid(),
+                death_fd=death_read,
+                beat_interval_s=settings.beat_interval_s,
+            )
+            self._process = WorkerProcess(self._boot, death_read, on_exit=self._on_exit, name=name)
             undo.pop_all()
         now = time.monotonic()
         self._watchdog = Watchdog(
@@ -160,14 +154,11 @@ class Generation:
     def stop(self, *, broken: bool) -> None:
         """Bring the process down in the background; ``WorkerExited`` is posted at its end."""
         self._watch_timer.cancel()
+        self._stopping = True
+        self.case.note("told to stop" if not broken else "being killed")
         if not broken:
             self.send(Shutdown())
         self._start(self._process.stop(grace_s=self._settings.stop_grace_s, broken=broken))
-
-    async def finished(self) -> None:
-        """Wait for whatever still runs for this generation."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # --- what the worker says ---
 
@@ -186,9 +177,10 @@ class Generation:
             case _ if not self._greeted:
                 self._on_violation(f"{type(message).__name__} before the handshake")
             case LoadProgress():
-                self.load_fraction = message.fraction
+                pass
             case Loaded():
                 self.model = message
+                self.case.note("loaded")
                 self._watchdog.enter(Phase.IDLE, time.monotonic())
                 self._post(WorkerLoaded(self.number))
             case Accepted():
@@ -208,6 +200,7 @@ class Generation:
             self._on_violation(str(error))
             return
         self._greeted = True
+        self.case.note("said hello")
         if hello.backend_version != self._backend_version:
             # What this generation does would be remembered under the wrong version.
             reason = (
@@ -260,16 +253,35 @@ class Generation:
 
     async def _report_exit(self) -> None:
         self._channel.drain()
-        if self._process.exit_status == EXIT_FAULT or self.model is None:
+        unexplained = self._process.exit_status == EXIT_FAULT or self.model is None
+        if unexplained and not self._stopping:
             # Its last message may still be on the way, and explains the exit.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
                     await self._explained.wait()
         self._channel.close()
         kind, reason = self._process.describe_exit()
+        if self._was_oom_killed():
+            kind, reason = FailureKind.MEMORY, "killed by the kernel's out-of-memory killer"
         if tail := self._process.output_tail.strip():
             log.debug("last output of %s, which %s:\n%s", self._name, reason, tail[-4000:])
         self._post(WorkerExited(self.number, kind, reason, random.random()))
+
+    def _was_oom_killed(self) -> bool:
+        if self._stopping or self._process.exit_status != -signal.SIGKILL:
+            return False
+        now = oom_kills()
+        return now is not None and self._oom_kills is not None and now > self._oom_kills
+
+    @property
+    def phase(self) -> Phase:
+        """What the worker was last known to do."""
+        return self._watchdog.phase
+
+    @property
+    def exit_status(self) -> int:
+        """Only once ``WorkerExited`` was posted."""
+        return self._process.exit_status
 
     @property
     def output_tail(self) -> str:

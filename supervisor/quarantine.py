@@ -16,6 +16,7 @@ class FailureKind(StrEnum):
     SIGNAL = "signal"
     EXIT = "exit"
     HANG = "hang"
+    MEMORY = "memory"
     LOAD_TIMEOUT = "load_timeout"
     LOADER = "loader"
     PROTOCOL = "protocol"

@@ -113,12 +113,16 @@ class RequestTable:
         if (entry := self._entries.pop(message.request_id, None)) is not None:
             entry.stream.fail(CodedError(message.code, message.message, param=message.param))
 
+    def running(self) -> list[Generate]:
+        """The requests that the worker has, oldest first."""
+        return [entry.request for entry in self._entries.values() if entry.sent]
+
     def park(self, error: CodedError) -> None:
         """Keep what can run again unseen on the next worker; fail the rest with ``error``."""
         for request_id, entry in list(self._entries.items()):
             if entry.is_canary or entry.stream.delivered or entry.runs >= MAX_RUNS:
                 del self._entries[request_id]
-                entry.stream.fail(error)
+                entry.stream.fail(_with_tokens_sent(error, entry.stream))
             else:
                 entry.sent = False
                 entry.stream.restart()
@@ -133,7 +137,7 @@ class RequestTable:
     def fail_all(self, error: CodedError) -> None:
         entries, self._entries = self._entries, {}
         for entry in entries.values():
-            entry.stream.fail(error)
+            entry.stream.fail(_with_tokens_sent(error, entry.stream))
 
     def _run(self, entry: _Entry) -> bool:
         """Give a request to the worker; False when that does not read.
@@ -152,6 +156,18 @@ class RequestTable:
         entry = self._entries.pop(request_id, None)
         if entry is not None and entry.sent and self._send is not None:
             self._send(Cancel(request_id))
+
+
+def _with_tokens_sent(error: CodedError, stream: RequestStream) -> CodedError:
+    """An error of its own for one request: how far its answer got."""
+    sent = stream.completion_tokens if stream.delivered else 0
+    return CodedError(
+        error.code,
+        error.message,
+        param=error.param,
+        retry_after_s=error.retry_after_s,
+        details={**error.details, "tokens_sent": sent},
+    )
 
 
 def _worker_blocked() -> CodedError:

@@ -15,6 +15,7 @@ class ModelSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backend: str | None = None
     context_length: int | None = None
     keep_alive_sec: int | None = None
+    memory_limit_bytes: int | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,6 +56,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     beat_interval_s: float = 1.0
     beat_timeout_s: float = 30.0
     stop_grace_s: float = 5.0
+
+    #: Memory of one worker beyond which it is stopped; None: no limit of its own.
+    worker_memory_limit_bytes: int | None = None
+    #: While the host has less than this available, the worker that grew most is stopped.
+    memory_low_water_bytes: int = 256 * 1024 * 1024
+    memory_interval_s: float = 1.0
 
     failure_threshold: int = 3
     failure_window_s: float = 600.0

@@ -1,37 +1,82 @@
-"""Faults on order, for the fault harness: what real backends do when they break."""
+"""Faults on order, for the fault harness: what real backends do when they break.
+
+Reachable through the simulated backend only, which the supervisor refuses unless
+it is explicitly enabled.
+"""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
+import time
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
 from protocol.errors import ErrorCode
-from worker.backends.base import LoadRefused
+
+#: Names a file with a JSON list of ``Fault`` for the points before a script is known.
+BOOT_FAULTS_ENV = "SIMULATED_BOOT_FAULTS"
 
 
 class FaultPoint(StrEnum):
-    """Where a fault strikes."""
+    """Where a fault strikes.
 
+    ``spawn`` and ``hello`` are before the script is known: only the file that
+    ``BOOT_FAULTS_ENV`` names can have them. ``loaded`` is right after that message.
+    """
+
+    SPAWN = "spawn"
+    HELLO = "hello"
     LOAD = "load"
+    LOADED = "loaded"
     PROMPT = "prompt"
     TOKEN = "token"
+    CLOSE = "close"
 
 
 class FaultKind(StrEnum):
-    """What happens. ``hang`` never returns; ``raise`` is a backend exception."""
+    """What happens.
 
+    To the process: ``stop`` is SIGSTOP, ``hang`` never returns while the process
+    beats on, ``hold_gil`` is a native call that keeps the interpreter's lock,
+    ``raise`` a backend exception, ``exhaust`` an allocation that fails, ``grow``
+    takes ``size`` bytes every 50 ms from now on, ``flood`` writes to stdout and
+    stderr without a line end, ``helper`` starts a process that inherits both,
+    ``ignore_term`` ignores SIGTERM; ``mark`` does nothing but leave its trace.
+
+    On the wire, instead of or in addition to the message of this point.
+    """
+
+    MARK = "mark"
     KILL = "kill"
     SEGFAULT = "segfault"
+    BUS = "bus"
     ABORT = "abort"
     EXIT = "exit"
+    STOP = "stop"
     HANG = "hang"
+    HOLD_GIL = "hold_gil"
     RAISE = "raise"
     REFUSE = "refuse"
+    EXHAUST = "exhaust"
+    GROW = "grow"
+    FLOOD = "flood"
+    HELPER = "helper"
+    DETACHED_HELPER = "detached_helper"
+    IGNORE_TERM = "ignore_term"
+
+    CORRUPT_FRAME = "corrupt_frame"
+    EMPTY_FRAME = "empty_frame"
+    TRUNCATED_FRAME = "truncated_frame"
+    OVERSIZED_FRAME = "oversized_frame"
+    WRONG_TAG = "wrong_tag"
+    STALE_FRAMES = "stale_frames"
+    WRONG_VERSION = "wrong_version"
+    WRONG_NONCE = "wrong_nonce"
+    OLD_GENERATION = "old_generation"
+    SILENT = "silent"
+    TWICE = "twice"
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,7 +84,9 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``prompt_contains`` restricts it to matching prompts, ``times`` to the first
     few occurrences over all generations of the worker; ``code`` is the error
-    code of ``refuse`` and ``status`` the exit status of ``exit``.
+    code of ``refuse``, ``status`` the exit status of ``exit``, ``size`` in bytes
+    that of ``grow`` and ``oversized_frame``, ``seconds`` how long ``hold_gil`` and
+    ``flood`` last.
     """
 
     at: FaultPoint
@@ -49,47 +96,43 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     times: int | None = None
     status: int = 1
     code: ErrorCode = ErrorCode.MODEL_LOADER_CRASHED
+    size: int = 8 * 1024 * 1024
+    seconds: float = 3600.0
 
 
 class FaultPlan:
-    """The faults of one model, with their occurrences counted in files beside it."""
+    """The faults of one model, in order, with their occurrences counted on disk.
 
-    def __init__(self, faults: list[Fault], counter_base: Path) -> None:
-        self._faults = faults
-        self._counter_base = counter_base
+    The trace of each, in a file beside its script, is one line per occurrence:
+    the monotonic time at which it struck, in seconds.
+    """
 
-    def strike(self, at: FaultPoint, *, n: int = 0, prompt: str = "") -> None:
-        """Cause what is due at this point; returns if nothing is."""
-        for index, fault in enumerate(self._faults):
+    def __init__(self) -> None:
+        self._faults: list[tuple[Fault, Path]] = []
+
+    def add(self, faults: Iterable[Fault], counter_base: Path) -> None:
+        for index, fault in enumerate(faults):
+            self._faults.append((fault, trace_of(counter_base, index)))
+
+    def due(self, at: FaultPoint, *, n: int = 0, prompt: str = "") -> Iterator[Fault]:
+        """What strikes at this point; its trace is on disk before it is returned."""
+        for fault, trace in self._faults:
             if fault.at is at and fault.n == n and fault.prompt_contains in prompt:
-                if fault.times is not None and not self._count(index, fault.times):
-                    continue
-                _cause(fault)
-
-    def _count(self, index: int, times: int) -> bool:
-        counter = self._counter_base.with_suffix(f".fault-{index}")
-        fired = counter.stat().st_size if counter.exists() else 0
-        if fired >= times:
-            return False
-        # One byte per occurrence, on disk before the process dies of it.
-        with counter.open("ab") as file:
-            file.write(b"x")
-        return True
+                fired = trace.read_bytes().count(b"\n") if trace.exists() else 0
+                if fault.times is None or fired < fault.times:
+                    with trace.open("a") as file:
+                        file.write(f"{time.monotonic()}\n")
+                    yield fault
 
 
-def _cause(fault: Fault) -> None:
-    match fault.kind:
-        case FaultKind.KILL:
-            os.kill(os.getpid(), signal.SIGKILL)
-        case FaultKind.SEGFAULT:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        case FaultKind.ABORT:
-            os.abort()
-        case FaultKind.EXIT:
-            os._exit(fault.status)
-        case FaultKind.HANG:
-            threading.Event().wait()
-        case FaultKind.RAISE:
-            raise RuntimeError("simulated backend exception")
-        case FaultKind.REFUSE:
-            raise LoadRefused(fault.code, "simulated refusal")
+def trace_of(counter_base: Path, index: int) -> Path:
+    """Where the occurrences of a script's fault of this index are counted."""
+    return counter_base.with_suffix(f".fault-{index}")
+
+
+def read_faults(path: Path) -> list[Fault]:
+    """The faults in a file; none when there is no such file."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Fault])
+    except FileNotFoundError:
+        return []

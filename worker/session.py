@@ -27,6 +27,7 @@ from protocol.messages import (
 from worker.backends import create_backend
 from worker.backends.base import Backend
 from worker.engine import Engine
+from worker.link import Link, LinkWrapper
 from worker.transport import DataLink, Heart
 from worker.vitals import Vitals
 
@@ -46,12 +47,14 @@ def run(boot: WorkerBoot) -> int:
         context.term()
 
 
-def _load_and_serve(boot: WorkerBoot, link: DataLink, vitals: Vitals) -> int:
+def _load_and_serve(boot: WorkerBoot, link: Link, vitals: Vitals) -> int:
     try:
         backend = create_backend(boot.backend)
     except CodedError as refusal:
         link.send(LoadFailed(refusal.code, refusal.message))
         return EXIT_FAULT
+    if isinstance(backend, LinkWrapper):
+        link = backend.wrap_link(link)
     link.send(
         Hello(
             protocol_version=PROTOCOL_VERSION,
@@ -76,7 +79,7 @@ def _load_and_serve(boot: WorkerBoot, link: DataLink, vitals: Vitals) -> int:
         backend.close()
 
 
-def _load(backend: Backend, request: Load, link: DataLink, vitals: Vitals) -> Loaded | None:
+def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Loaded | None:
     def report(fraction: float) -> None:
         vitals.advance()
         link.send(LoadProgress(fraction))
@@ -97,7 +100,7 @@ def _load(backend: Backend, request: Load, link: DataLink, vitals: Vitals) -> Lo
     return model
 
 
-def _serve(backend: Backend, model: Loaded, link: DataLink, vitals: Vitals) -> int:
+def _serve(backend: Backend, model: Loaded, link: Link, vitals: Vitals) -> int:
     engine = Engine(backend, model, vitals)
     try:
         while True:
@@ -114,7 +117,7 @@ def _serve(backend: Backend, model: Loaded, link: DataLink, vitals: Vitals) -> i
         return EXIT_FAULT
 
 
-def _handle(message: ToWorker, engine: Engine, link: DataLink) -> bool:
+def _handle(message: ToWorker, engine: Engine, link: Link) -> bool:
     """Carry out one message; False when it was the last."""
     match message:
         case Generate():

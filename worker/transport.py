@@ -33,6 +33,10 @@ class DataLink:
         """Send, waiting while the supervisor is not reading: the engine must not run ahead."""
         self._socket.send(self._encode(message))
 
+    def send_frame(self, frame: bytes) -> None:
+        """Send bytes as they are."""
+        self._socket.send(frame)
+
     def wait(self) -> ToWorker:
         """Block until a message arrives. Raises ``CodecError``."""
         return self._decode(self._socket.recv())

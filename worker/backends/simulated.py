@@ -7,6 +7,7 @@ unless it is explicitly enabled. A script is a JSON file, see ``Script``.
 from __future__ import annotations
 
 import codecs
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ from worker.backends.base import (
     SequenceSpec,
     StepToken,
 )
-from worker.faults import Fault, FaultPlan, FaultPoint
+from worker.fault_acts import FaultyLink, cause
+from worker.faults import BOOT_FAULTS_ENV, Fault, FaultPlan, FaultPoint, read_faults
+from worker.link import Link
 
 #: Prompt text is one token per UTF-8 byte; scripted tokens follow.
 BYTE_TOKENS = 256
@@ -66,9 +69,18 @@ class SimulatedBackend:
 
     def __init__(self) -> None:
         self._script = Script()
-        self._plan = FaultPlan([], Path())
+        self._plan = FaultPlan()
+        self._link: Link | None = None
         self._pieces: list[bytes] = []
         self._running: dict[int, tuple[SequenceSpec, int]] = {}
+
+    def wrap_link(self, link: Link) -> Link:
+        """See ``link.LinkWrapper``: what is faulty here may also be what is said."""
+        if boot_faults := os.environ.get(BOOT_FAULTS_ENV):
+            self._plan.add(read_faults(Path(boot_faults)), Path(boot_faults))
+        self._link = link
+        self._strike(FaultPoint.SPAWN)
+        return FaultyLink(link, self._plan)
 
     def load(self, options: Load, report: ReportProgress) -> Loaded:
         path = Path(options.path)
@@ -76,10 +88,10 @@ class SimulatedBackend:
             self._script = msgspec.json.decode(path.read_bytes(), type=Script)
         except (OSError, msgspec.MsgspecError) as error:
             raise LoadRefused(ErrorCode.MODEL_INCOMPLETE, f"bad script: {error}") from error
-        self._plan = FaultPlan(self._script.faults, path)
+        self._plan.add(self._script.faults, path)
         self._pieces = [bytes([value]) for value in range(BYTE_TOKENS)]
         self._pieces += [token.encode() for token in self._script.tokens]
-        self._plan.strike(FaultPoint.LOAD)
+        self._strike(FaultPoint.LOAD)
         ticks = 10
         for tick in range(ticks):
             time.sleep(self._script.load_delay_s / ticks)
@@ -107,7 +119,7 @@ class SimulatedBackend:
         return _ByteDetokenizer(self._pieces)
 
     def admit(self, spec: SequenceSpec) -> None:
-        self._plan.strike(FaultPoint.PROMPT, prompt=self._text(spec))
+        self._strike(FaultPoint.PROMPT, prompt=self._text(spec))
         time.sleep(self._script.prefill_delay_s)
         self._running[spec.sequence_id] = (spec, 0)
 
@@ -115,7 +127,7 @@ class SimulatedBackend:
         time.sleep(self._script.step_delay_s)
         produced = []
         for sequence_id, (spec, position) in list(self._running.items()):
-            self._plan.strike(FaultPoint.TOKEN, n=position, prompt=self._text(spec))
+            self._strike(FaultPoint.TOKEN, n=position, prompt=self._text(spec))
             count = len(self._script.tokens)
             endless = self._script.repeat or spec.ignore_eos
             is_end = position >= count and not endless
@@ -131,7 +143,12 @@ class SimulatedBackend:
         self._running.pop(sequence_id, None)
 
     def close(self) -> None:
+        self._strike(FaultPoint.CLOSE)
         self._running.clear()
+
+    def _strike(self, at: FaultPoint, *, n: int = 0, prompt: str = "") -> None:
+        for fault in self._plan.due(at, n=n, prompt=prompt):
+            cause(fault, self._link)
 
     def _text(self, spec: SequenceSpec) -> str:
         if not self._script.faults:

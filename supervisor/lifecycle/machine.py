@@ -25,10 +25,40 @@ on probation                       Released               the same, off probatio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 
 from protocol.errors import UNCOUNTED_LOAD_FAILURES, ErrorCode
+from supervisor.lifecycle.commands import (
+    AnswerLoads,
+    Command,
+    FailRequests,
+    OpenTraffic,
+    ParkRequests,
+    RecordFailure,
+    RecordPass,
+    RunCanary,
+    SaveAccount,
+    ScheduleRestart,
+    SpawnWorker,
+    StopWorker,
+    WatchProbation,
+)
+from supervisor.lifecycle.events import (
+    CanaryPassed,
+    Event,
+    LoadAccepted,
+    LoadRefused,
+    ProbationServed,
+    Released,
+    RestartDue,
+    SpawnFailed,
+    UnloadRequested,
+    WorkerExited,
+    WorkerFailed,
+    WorkerLoaded,
+    WorkerSpawned,
+)
+from supervisor.lifecycle.state import Readiness, State
 from supervisor.quarantine import (
     Account,
     FailureKind,
@@ -39,250 +69,9 @@ from supervisor.quarantine import (
 )
 
 
-class Readiness(StrEnum):
-    """The public states."""
-
-    ADMITTED = "admitted"
-    LOADING = "loading"
-    CANARY_PENDING = "canary_pending"
-    ROUTABLE = "routable"
-    QUARANTINED = "quarantined"
-
-
 class IllegalEvent(Exception):
     """The event cannot happen in this state; the state is unchanged."""
 
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Everything that is known of a tracked model.
-
-    ``worker_alive`` is true from the spawn until the process is reaped; at most
-    one generation is alive. ``failed`` marks a generation whose failure has been
-    counted while its process still has to go. ``retry_at`` is set while a
-    restart waits for its delay. On ``probation`` the account stays quarantined,
-    so that neither an unload nor a restart of the server is a way out.
-    """
-
-    readiness: Readiness
-    reason: str
-    updated_at: float
-    account: Account
-    generation: int = 0
-    worker_alive: bool = False
-    failed: bool = False
-    unloading: bool = False
-    probation: bool = False
-    code: ErrorCode | None = None
-    retry_at: float | None = None
-    restart_delay_s: float = 0.0
-    routable_since: float | None = None
-
-
-# --- events --------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class LoadAccepted:
-    """The gate let a load pass; ``probation`` overrides a quarantine."""
-
-    account: Account
-    probation: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpawned:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class SpawnFailed:
-    """No process could be made: our own trouble, never the model's."""
-
-    generation: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLoaded:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class CanaryPassed:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class LoadRefused:
-    """The worker named a cause that says nothing about the model's behaviour."""
-
-    generation: int
-    code: ErrorCode
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFailed:
-    """A failure of a live worker, which has to be stopped for it. ``jitter`` is 0..1."""
-
-    generation: int
-    kind: FailureKind
-    reason: str
-    jitter: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerExited:
-    """The process is gone. A failure in itself unless one was counted or asked for."""
-
-    generation: int
-    kind: FailureKind
-    reason: str
-    jitter: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class RestartDue:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class ProbationServed:
-    """A model on probation has been routable for a whole window."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class UnloadRequested:
-    """``code`` and ``reason`` are for those who wait for the model."""
-
-    code: ErrorCode = ErrorCode.MODEL_UNLOADED
-    reason: str = "it was unloaded"
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    pass
-
-
-Event = (
-    LoadAccepted
-    | WorkerSpawned
-    | SpawnFailed
-    | WorkerLoaded
-    | CanaryPassed
-    | LoadRefused
-    | WorkerFailed
-    | WorkerExited
-    | RestartDue
-    | ProbationServed
-    | UnloadRequested
-    | Released
-)
-
-# --- commands ------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SpawnWorker:
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class StopWorker:
-    """Bring the process down; ``WorkerExited`` follows. ``broken``: do not ask it first."""
-
-    generation: int
-    broken: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RunCanary:
-    generation: int
-    strict: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduleRestart:
-    generation: int
-    delay_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class WatchProbation:
-    """Post ``ProbationServed`` after so long, if this generation is still routable."""
-
-    generation: int
-    after_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class OpenTraffic:
-    """Give the worker what waited for it, then everything new."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class ParkRequests:
-    """The worker is lost: keep what can run again on the next one, fail the rest."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class FailRequests:
-    """Nothing will serve the requests that are left."""
-
-    code: ErrorCode
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class RecordPass:
-    """The model proved itself: remember it."""
-
-
-@dataclass(frozen=True, slots=True)
-class RecordFailure:
-    """Remember a failure; ``kind`` None: refused, not counted."""
-
-    kind: FailureKind | None
-    code: ErrorCode
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerLoads:
-    """Tell everyone who waits for a load; ``code`` None: it is routable."""
-
-    code: ErrorCode | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SaveAccount:
-    """Persist the account, so that a restart is no amnesty."""
-
-    account: Account
-
-
-Command = (
-    SpawnWorker
-    | StopWorker
-    | RunCanary
-    | ScheduleRestart
-    | WatchProbation
-    | OpenTraffic
-    | ParkRequests
-    | FailRequests
-    | RecordPass
-    | RecordFailure
-    | AnswerLoads
-    | SaveAccount
-)
 
 Outcome = tuple[State | None, list[Command]]
 

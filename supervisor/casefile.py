@@ -1,0 +1,106 @@
+"""What is noted of one worker generation while it lives, for the incident if it fails."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from importlib import metadata
+
+import msgspec
+
+from protocol.messages import Phase
+from supervisor.incidents import (
+    OUTPUT_BYTES,
+    Incident,
+    MemorySample,
+    Moment,
+    new_id,
+    stacks_in,
+)
+
+#: Memory samples kept: the minutes before a failure, at one a second.
+MAX_SAMPLES = 240
+
+
+class CaseFile:
+    """One generation's timeline and memory curve. At most one incident comes of it."""
+
+    def __init__(self, *, model: str, generation: int, backend: str, backend_version: str) -> None:
+        self._model = model
+        self._generation = generation
+        self._backend = backend
+        self._backend_version = backend_version
+        self._timeline: list[Moment] = []
+        self._memory: deque[MemorySample] = deque(maxlen=MAX_SAMPLES)
+        self._incident: Incident | None = None
+        self.note("spawned")
+
+    def note(self, what: str) -> None:
+        """Add to the timeline."""
+        self._timeline.append(Moment(time.time(), what))
+
+    def sample(self, size: int) -> None:
+        """Add to the memory curve; bytes."""
+        self._memory.append(MemorySample(time.time(), size))
+
+    def open(
+        self,
+        *,
+        phase: Phase,
+        kind: str,
+        code: str,
+        reason: str,
+        quarantined: bool,
+        crash_count: int,
+        output: str,
+        in_flight: Sequence[str],
+    ) -> Incident:
+        """The incident of a failure that was just counted; the process may still be there."""
+        now = time.time()
+        self.note(f"failed: {reason}")
+        self._incident = Incident(
+            id=new_id(now),
+            model=self._model,
+            generation=self._generation,
+            phase=phase,
+            kind=kind,
+            code=code,
+            reason=reason,
+            timestamp=now,
+            quarantined=quarantined,
+            crash_count=crash_count,
+            backend=self._backend,
+            backend_version=self._backend_version,
+            server_version=metadata.version("opta-lmx"),
+            output_tail=output[-OUTPUT_BYTES:],
+            stacks=stacks_in(output)[-OUTPUT_BYTES:],
+            memory=list(self._memory),
+            in_flight=list(in_flight),
+            timeline=list(self._timeline),
+        )
+        return self._incident
+
+    def close(self, exit_status: int, output: str) -> Incident | None:
+        """The incident with how the process ended, if there was one."""
+        self.note(f"exited with status {exit_status}")
+        if self._incident is None:
+            return None
+        return msgspec.structs.replace(
+            self._incident,
+            exit_status=exit_status,
+            signal=_signal_name(exit_status),
+            output_tail=output[-OUTPUT_BYTES:],
+            stacks=stacks_in(output)[-OUTPUT_BYTES:],
+            timeline=list(self._timeline),
+        )
+
+
+def _signal_name(exit_status: int) -> str | None:
+    if exit_status >= 0:
+        return None
+    try:
+        return signal.Signals(-exit_status).name
+    except ValueError:
+        return f"signal {-exit_status}"

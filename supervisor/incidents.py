@@ -1,0 +1,161 @@
+"""Incident records: what a counted failure looked like, kept for whoever has to explain it.
+
+One JSON file per incident, oldest ones deleted beyond a bound. Requests appear
+by fingerprint only: a keyed hash, the key staying in the home folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from protocol.messages import Generate
+from supervisor import jsonfile
+
+log = logging.getLogger(__name__)
+
+FOLDER_NAME = "incidents"
+KEY_FILE = "fingerprint.key"
+SCHEMA_VERSION = 1
+
+#: Records kept on disk, and the bytes of a worker's output kept in each.
+MAX_INCIDENTS = 200
+OUTPUT_BYTES = 16 * 1024
+
+_ID = re.compile(r"[0-9TZ]+-[0-9a-f]{8}")
+
+
+class Moment(msgspec.Struct, frozen=True):
+    """Something that happened to the generation, at an epoch second."""
+
+    at: float
+    what: str
+
+
+class MemorySample(msgspec.Struct, frozen=True):
+    at: float
+    bytes: int
+
+
+class Incident(msgspec.Struct, frozen=True, kw_only=True):
+    """One counted failure. Times are epoch seconds.
+
+    ``kind`` is how it failed, ``code`` what clients were told; ``exit_status`` is
+    negative for a signal, whose name is ``signal``. ``stacks`` are the worker's Python
+    stacks, when it could still write them. ``in_flight`` are request fingerprints.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    id: str
+    model: str
+    generation: int
+    phase: str
+    kind: str
+    code: str
+    reason: str
+    timestamp: float
+    quarantined: bool
+    crash_count: int
+    backend: str
+    backend_version: str
+    server_version: str
+    exit_status: int | None = None
+    signal: str | None = None
+    output_tail: str = ""
+    stacks: str = ""
+    memory: list[MemorySample] = []
+    in_flight: list[str] = []
+    timeline: list[Moment] = []
+
+
+def new_id(now: float) -> str:
+    """Sorts by time; the rest keeps two of the same second apart."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+    return f"{stamp}-{secrets.token_hex(4)}"
+
+
+def stacks_in(output: str) -> str:
+    """The part of a worker's output that faulthandler wrote, if it did."""
+    found = re.search(r"^(Fatal Python error|(Current thread|Thread) 0x)", output, re.MULTILINE)
+    return output[found.start() :] if found else ""
+
+
+class Fingerprints:
+    """Names requests without telling what they say."""
+
+    def __init__(self, home: Path) -> None:
+        path = home / KEY_FILE
+        try:
+            self._key = path.read_bytes()[:64]
+        except OSError:
+            self._key = b""
+        if len(self._key) < 32:
+            self._key = secrets.token_bytes(32)
+            try:
+                path.touch(mode=0o600)
+                path.write_bytes(self._key)
+            except OSError as error:
+                log.warning("cannot keep %s: %s", path, error)
+
+    def of(self, model: str, request: Generate) -> str:
+        """The same for the same model, prompt and sampling; 16 hex digits."""
+        content = msgspec.structs.replace(request, request_id=0)
+        digest = hashlib.blake2b(key=self._key, digest_size=8)
+        digest.update(model.encode() + b"\0" + msgspec.msgpack.encode(content))
+        return digest.hexdigest()
+
+
+class IncidentStore:
+    """The records of one home, newest first. Writes happen off the event loop."""
+
+    def __init__(self, home: Path) -> None:
+        self._folder = home / FOLDER_NAME
+        self._incidents: dict[str, Incident] = {}
+        self._writes: set[asyncio.Task[None]] = set()
+        for path in sorted(self._folder.glob("*.json")):
+            found = jsonfile.read(path, Incident, schema_version=SCHEMA_VERSION)
+            if found is not None:
+                self._incidents[found.id] = found
+
+    def put(self, incident: Incident) -> None:
+        """Keep a record, or a more complete version of it."""
+        self._incidents[incident.id] = incident
+        surplus = list(self._incidents)[: max(0, len(self._incidents) - MAX_INCIDENTS)]
+        for old in surplus:
+            del self._incidents[old]
+        task = asyncio.create_task(self._write(incident, surplus), name=f"write {incident.id}")
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+
+    def get(self, incident_id: str) -> Incident | None:
+        return self._incidents.get(incident_id)
+
+    def list(self, *, model: str | None = None, limit: int = 100) -> list[Incident]:
+        """Newest first."""
+        found = [i for i in reversed(self._incidents.values()) if model in (None, i.model)]
+        return found[:limit]
+
+    async def flush(self) -> None:
+        """Wait for the pending writes."""
+        while self._writes:
+            await asyncio.gather(*self._writes)
+
+    async def _write(self, incident: Incident, surplus: Sequence[str]) -> None:
+        try:
+            await asyncio.to_thread(self._write_now, incident, surplus)
+        except OSError as error:
+            log.error("cannot write incident %s: %s", incident.id, error)
+
+    def _write_now(self, incident: Incident, surplus: Sequence[str]) -> None:
+        for old in surplus:
+            if _ID.fullmatch(old):
+                (self._folder / f"{old}.json").unlink(missing_ok=True)
+        jsonfile.write(self._folder / f"{incident.id}.json", incident)

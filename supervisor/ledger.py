@@ -1,0 +1,81 @@
+"""The workers that run, on disk: what a killed supervisor may have left is found at the start.
+
+Workers die with their supervisor by themselves; this is the net below that.
+A process is known by pid and start time together, since pids are used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from supervisor import jsonfile
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "workers.json"
+SCHEMA_VERSION = 1
+
+
+class _Worker(msgspec.Struct, frozen=True):
+    """``started_at`` is the process's start as the system tells it, in epoch seconds."""
+
+    pid: int
+    started_at: float
+
+
+class _File(msgspec.Struct, kw_only=True):
+    schema_version: int = SCHEMA_VERSION
+    workers: list[_Worker] = []
+
+
+class WorkerLedger:
+    """Keeps the file of one home, whose lock the caller holds."""
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / FILE_NAME
+        self._writer = jsonfile.BackgroundWriter(self._path)
+        self._workers: dict[int, _Worker] = {}
+
+    def sweep(self) -> list[int]:
+        """Kill what is left of an earlier supervisor; returns the pids. Call once, first."""
+        file = jsonfile.read(self._path, _File, schema_version=SCHEMA_VERSION)
+        left = [w for w in (file.workers if file is not None else []) if _is_running(w)]
+        for worker in left:
+            log.warning("killing worker %d, left by an earlier server", worker.pid)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(worker.pid, signal.SIGKILL)
+        return [worker.pid for worker in left]
+
+    def add(self, pid: int) -> None:
+        """A worker was spawned."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._workers[pid] = _Worker(pid, psutil.Process(pid).create_time())
+            self._save()
+
+    def remove(self, pid: int) -> None:
+        """A worker was reaped."""
+        if self._workers.pop(pid, None) is not None:
+            self._save()
+
+    async def flush(self) -> None:
+        """Wait for the pending write."""
+        await self._writer.flush()
+
+    def _save(self) -> None:
+        self._writer.save(_File(workers=list(self._workers.values())))
+
+
+def _is_running(worker: _Worker) -> bool:
+    try:
+        process = psutil.Process(worker.pid)
+        same = process.create_time() == worker.started_at
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

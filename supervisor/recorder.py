@@ -1,0 +1,103 @@
+"""Remembers what one model does: registry records, incidents, failure metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from protocol.errors import ErrorCode
+from protocol.messages import Generate
+from supervisor.canary import CanaryReport
+from supervisor.gate import ModelSpec
+from supervisor.generation import Generation
+from supervisor.incidents import Fingerprints, IncidentStore
+from supervisor.lifecycle import RecordFailure
+from supervisor.metrics import Metrics
+from supervisor.registry import Outcome, Registry
+
+#: How much of a worker's last output goes into a registry record.
+OUTPUT_BYTES = 2000
+
+
+class Recorder:
+    """All methods are called on the event loop and never wait."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        registry: Registry,
+        incidents: IncidentStore,
+        fingerprints: Fingerprints,
+        metrics: Metrics,
+    ) -> None:
+        self._spec = spec
+        self._registry = registry
+        self._incidents = incidents
+        self._fingerprints = fingerprints
+        self._metrics = metrics
+        earlier = incidents.list(model=spec.model_id, limit=1)
+        self.last_incident_id = earlier[0].id if earlier else None
+
+    def passed(self, report: CanaryReport, load_s: float) -> None:
+        """The canary passed; ``load_s`` is the time from the spawn until then."""
+        self._metrics.canary_ended(self._spec.model_id, "pass")
+        measured = msgspec.to_builtins(report)
+        self._add("pass", "canary passed", {**measured, "load_s": round(load_s, 3)})
+
+    def failed(
+        self,
+        failure: RecordFailure,
+        generation: Generation | None,
+        running: Sequence[Generate],
+        *,
+        quarantined: bool,
+        crash_count: int,
+    ) -> None:
+        """A failure or a refusal; one that counts makes an incident."""
+        if failure.code is ErrorCode.MODEL_CANARY_FAILED:
+            self._metrics.canary_ended(self._spec.model_id, "fail")
+        metadata: dict[str, object] = {"code": failure.code, "kind": failure.kind}
+        if generation is not None:
+            metadata["generation"] = generation.number
+            metadata["output_tail"] = generation.output_tail[-OUTPUT_BYTES:]
+        if failure.kind is not None:
+            self._metrics.worker_failed(self._spec.model_id, failure.kind)
+        if failure.kind is not None and generation is not None:
+            incident = generation.case.open(
+                phase=generation.phase,
+                kind=failure.kind,
+                code=failure.code,
+                reason=failure.reason,
+                quarantined=quarantined,
+                crash_count=crash_count,
+                output=generation.output_tail,
+                in_flight=[self._fingerprints.of(self._spec.model_id, r) for r in running],
+            )
+            self._incidents.put(incident)
+            self.last_incident_id = incident.id
+            metadata["incident_id"] = incident.id
+        self._add("fail", failure.reason, metadata)
+
+    def buried(self, generation: Generation) -> None:
+        """The process is gone: its incident, if there is one, is complete now."""
+        incident = generation.case.close(generation.exit_status, generation.output_tail)
+        if incident is not None:
+            self._incidents.put(incident)
+
+    def _add(self, outcome: Outcome, reason: str, metadata: dict[str, object]) -> None:
+        files = self._spec.files
+        self._registry.add(
+            model=self._spec.model_id,
+            backend=self._spec.backend,
+            backend_version=self._spec.backend_version,
+            outcome=outcome,
+            reason=reason,
+            metadata={
+                **metadata,
+                "digest": files.digest,
+                "architecture": files.architecture,
+                "quantization": files.quantization,
+            },
+        )
