@@ -169,7 +169,6 @@ def load(
     admin_key: AdminKey = None,
 ) -> None:
     """Load a model and wait until it is routable."""
-    from supervisor.client import ClientError, after_failed_load
     from supervisor.config import ConfigError, model_to_load
 
     try:
@@ -189,8 +188,6 @@ def load(
     with _connected(url, admin_key=admin_key) as client:
         try:
             result = client.admin("POST", "/admin/models/load", body)
-        except ClientError as error:
-            _fail(f"{error}{after_failed_load(error)}")
         except KeyboardInterrupt:
             typer.echo("not waiting any more; the load goes on: see opta-lmx ps", err=True)
             raise typer.Exit(130) from None
@@ -213,6 +210,14 @@ def release(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None
     with _connected(url, admin_key=admin_key) as client:
         result = client.release(model)
     typer.echo(f"{result['model_id']} released from quarantine")
+
+
+@app.command()
+def explain(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
+    """Tell why a model is not routable, what happened, and what to do next."""
+    with _connected(url, admin_key=admin_key) as client:
+        for line in client.explain(model):
+            typer.echo(plain(line))
 
 
 @app.command()

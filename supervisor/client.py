@@ -15,10 +15,6 @@ _CONNECT_S = 5.0
 _NOT_UTF8 = "the request cannot be sent: its text is not valid UTF-8"
 
 
-#: How a load may end while the server goes on trying.
-_TRIED_AGAIN = ("model_loader_crashed", "model_canary_failed", "model_load_timeout")
-
-
 class ClientError(Exception):
     """What went wrong, for a person; ``code`` when the server named one."""
 
@@ -59,13 +55,6 @@ def model_cells(view: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def after_failed_load(error: ClientError) -> str:
-    """What to add when a load that failed is not the last word."""
-    if error.code not in _TRIED_AGAIN:
-        return ""
-    return "; it is tried again in the background until it is quarantined: see opta-lmx ps"
-
-
 class Client:
     """Talks to one server; a context manager. Every method raises ``ClientError``."""
 
@@ -104,6 +93,21 @@ class Client:
     def models(self) -> list[dict[str, Any]]:
         models: list[dict[str, Any]] = self.admin("GET", "/admin/models")["models"]
         return models
+
+    def explain(self, model_id: str) -> list[str]:
+        """Why the model is as it is, in lines to read."""
+        from supervisor.explain import explain
+
+        view: Mapping[str, Any] | None = None
+        try:
+            view = self.admin("GET", f"/admin/models/{_quoted(model_id)}")
+        except ClientError as error:
+            if error.code != "model_not_found":
+                raise
+        query = f"?model={_quoted(model_id)}"
+        incidents = self.admin("GET", f"/admin/incidents{query}")["incidents"]
+        records = self.admin("GET", f"/admin/models/compatibility{query}")["records"]
+        return explain(model_id, view, incidents, records)
 
     def release(self, model_id: str) -> Any:
         return self.admin("POST", f"/admin/models/{_quoted(model_id)}/release")

@@ -22,6 +22,11 @@ from supervisor.views import LoadResult, ModelView
 _MAX_RECORDS = 1000
 _DEFAULT_RECORDS = 100
 
+_INCIDENT_SUMMARY = (
+    *("id", "model", "generation", "phase", "kind", "code", "reason", "timestamp"),
+    *("quarantined", "crash_count", "backend", "backend_version", "exit_status", "signal"),
+)
+
 _Name = Annotated[str, Meta(min_length=1)]
 
 
@@ -114,6 +119,20 @@ async def compatibility(gateway: Gateway, call: Call) -> Response:
         limit=_limit(query.get("limit")),
     )
     return json_response(records)
+
+
+async def list_incidents(gateway: Gateway, call: Call) -> Response:
+    """Newest first, without what is long; ``model`` and ``limit`` filter."""
+    query = call.query_params
+    incidents = gateway.fleet.incidents(model=query.get("model"), limit=_limit(query.get("limit")))
+    summaries = [
+        {name: getattr(incident, name) for name in _INCIDENT_SUMMARY} for incident in incidents
+    ]
+    return json_response({"incidents": summaries, "count": len(summaries)})
+
+
+async def get_incident(gateway: Gateway, call: Call) -> Response:
+    return json_response(gateway.fleet.incident(call.path_params["id"]))
 
 
 def _after(gateway: Gateway, model_id: str) -> dict[str, object]:

@@ -64,6 +64,8 @@ def _routes(gateway: Gateway) -> list[Route]:
         route("/admin/models/load", Side.ADMIN, {"POST": admin.load_model}),
         route("/admin/models/unload", Side.ADMIN, {"POST": admin.unload_model}),
         route("/admin/models/compatibility", Side.ADMIN, {"GET": admin.compatibility}),
+        route("/admin/incidents", Side.ADMIN, {"GET": admin.list_incidents}),
+        route("/admin/incidents/{id}", Side.ADMIN, {"GET": admin.get_incident}),
         # Only for POST, so that a model called "org/release" can still be looked at.
         Route(
             release,

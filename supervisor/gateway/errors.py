@@ -84,9 +84,10 @@ def status_of(code: ErrorCode) -> int:
     return _ANSWERS.get(code, _UNKNOWN).status
 
 
-def error_object(error: CodedError) -> dict[str, str | None]:
-    """The value of ``error`` in the envelope."""
+def error_object(error: CodedError) -> dict[str, str | int | None]:
+    """The value of ``error`` in the envelope: the four keys, and what else is known."""
     return {
+        **error.details,
         "message": error.message,
         "type": _ANSWERS.get(error.code, _UNKNOWN).type,
         "param": error.param,

@@ -1,0 +1,117 @@
+"""Incident records: kept, bounded, and silent about what requests say."""
+
+from pathlib import Path
+
+import pytest
+
+from protocol.messages import ChatMessage, Generate, Phase, Sampling
+from supervisor import incidents as incidents_module
+from supervisor.casefile import CaseFile
+from supervisor.incidents import Fingerprints, Incident, IncidentStore, stacks_in
+
+STACKS = """Fatal Python error: Segmentation fault
+
+Current thread 0x00007f (most recent call first):
+  File "worker/engine.py", line 80 in step
+"""
+
+
+def case(model: str = "m") -> CaseFile:
+    return CaseFile(model=model, generation=2, backend="llama", backend_version="0.3.36")
+
+
+def opened(file: CaseFile, output: str = "") -> Incident:
+    return file.open(
+        phase=Phase.DECODE,
+        kind="signal",
+        code="model_crashed",
+        reason="killed by SIGSEGV",
+        quarantined=False,
+        crash_count=1,
+        output=output,
+        in_flight=["f1"],
+    )
+
+
+def test_an_incident_tells_what_was_noted() -> None:
+    file = case()
+    file.note("loaded")
+    file.sample(100)
+    file.sample(200)
+    incident = opened(file, "some words\n" + STACKS)
+    assert [moment.what for moment in incident.timeline] == [
+        "spawned",
+        "loaded",
+        "failed: killed by SIGSEGV",
+    ]
+    assert [sample.bytes for sample in incident.memory] == [100, 200]
+    assert incident.stacks == STACKS
+    assert (incident.phase, incident.kind, incident.in_flight) == ("decode", "signal", ["f1"])
+
+
+def test_it_is_completed_when_the_process_is_gone() -> None:
+    file = case()
+    first = opened(file)
+    last = file.close(-11, "late words\n" + STACKS)
+    assert last is not None
+    assert (last.id, last.exit_status, last.signal) == (first.id, -11, "SIGSEGV")
+    assert last.stacks == STACKS
+    assert last.timeline[-1].what == "exited with status -11"
+
+
+def test_a_generation_that_did_not_fail_leaves_none() -> None:
+    assert case().close(0, "") is None
+
+
+def test_output_without_stacks_has_none() -> None:
+    assert stacks_in("just words\nThread of thought 0x\n") == ""
+
+
+async def test_records_survive_a_restart_newest_first(tmp_path: Path) -> None:
+    store = IncidentStore(tmp_path)
+    first, second, other = opened(case()), opened(case()), opened(case("other"))
+    for incident in (first, second, other):
+        store.put(incident)
+    await store.flush()
+    again = IncidentStore(tmp_path)
+    assert {i.id for i in again.list()} == {first.id, second.id, other.id}
+    assert {i.id for i in again.list(model="m")} == {first.id, second.id}
+    assert again.get(first.id) == first
+    assert again.get("nothing") is None
+
+
+async def test_the_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incidents_module, "MAX_INCIDENTS", 3)
+    store = IncidentStore(tmp_path)
+    made = [opened(case()) for _ in range(6)]
+    for incident in made:
+        store.put(incident)
+        await store.flush()
+    assert [i.id for i in store.list()] == [i.id for i in reversed(made[3:])]
+    assert len(list((tmp_path / "incidents").iterdir())) == 3
+
+
+async def test_garbage_among_them_is_set_aside(tmp_path: Path) -> None:
+    store = IncidentStore(tmp_path)
+    store.put(opened(case()))
+    await store.flush()
+    (tmp_path / "incidents" / "20260101T000000Z-00000000.json").write_text("{")
+    assert len(IncidentStore(tmp_path).list()) == 1
+
+
+def test_fingerprints_tell_requests_apart_and_not_what_they_say(tmp_path: Path) -> None:
+    prints = Fingerprints(tmp_path)
+    request = Generate(1, messages=[ChatMessage("user", "a secret")])
+    same = Generate(2, messages=[ChatMessage("user", "a secret")])
+    assert prints.of("m", request) == prints.of("m", same)
+    assert Fingerprints(tmp_path).of("m", request) == prints.of("m", request)
+    others = {
+        prints.of("n", request),
+        prints.of("m", Generate(1, messages=[ChatMessage("user", "another")])),
+        prints.of("m", Generate(1, messages=request.messages, sampling=Sampling(top_k=3))),
+    }
+    assert len({*others, prints.of("m", request)}) == 4
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert Fingerprints(elsewhere).of("m", request) != prints.of("m", request)
+    assert (tmp_path / "fingerprint.key").stat().st_mode & 0o077 == 0
