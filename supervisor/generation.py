@@ -275,8 +275,8 @@ class Generation:
 
     @property
     def phase(self) -> Phase:
-        """What the worker was last known to do."""
-        return self._watchdog.phase
+        """What the worker does; its requests tell sooner than its beats."""
+        return self._watchdog.phase if self.model is None else self._requests.phase()
 
     @property
     def exit_status(self) -> int:

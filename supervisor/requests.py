@@ -15,7 +15,16 @@ from itertools import count
 import msgspec
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Accepted, Cancel, Delta, FinishReason, Generate, Rejected, ToWorker
+from protocol.messages import (
+    Accepted,
+    Cancel,
+    Delta,
+    FinishReason,
+    Generate,
+    Phase,
+    Rejected,
+    ToWorker,
+)
 from supervisor.stream import RequestStream
 
 #: How often a request may be given to a worker. The second crash under it may
@@ -112,6 +121,14 @@ class RequestTable:
     def reject(self, message: Rejected) -> None:
         if (entry := self._entries.pop(message.request_id, None)) is not None:
             entry.stream.fail(CodedError(message.code, message.message, param=message.param))
+
+    def phase(self) -> Phase:
+        """What the worker must be doing: newer than its last beat."""
+        running = [entry for entry in self._entries.values() if entry.sent]
+        if not running:
+            return Phase.IDLE
+        begun = any(entry.stream.completion_tokens for entry in running)
+        return Phase.DECODE if begun else Phase.PREFILL
 
     def running(self) -> list[Generate]:
         """The requests that the worker has, oldest first."""
