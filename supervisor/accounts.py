@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -26,6 +27,21 @@ class AccountKey(msgspec.Struct, frozen=True):
     digest: str
     backend: str
     backend_version: str
+
+
+class ReportTurn(Protocol):
+    """Told when an account is quarantined, once more or for the first time, or released."""
+
+    def __call__(
+        self,
+        event: Literal["quarantine", "release"],
+        *,
+        model: str,
+        digest: str,
+        backend: str,
+        backend_version: str,
+        reason: str,
+    ) -> None: ...
 
 
 class _Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,24 +68,36 @@ class AccountStore:
         *,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        on_turn: ReportTurn | None = None,
     ) -> None:
-        path = home / FILE_NAME
         self._monotonic = monotonic
         self._wall = wall
-        file = jsonfile.read(path, _File, schema_version=SCHEMA_VERSION)
+        self._on_turn = on_turn
+        file, self._writer = jsonfile.open_state(
+            home / FILE_NAME, _File, schema_version=SCHEMA_VERSION
+        )
         entries = file.accounts if file is not None else []
         self._accounts = {entry.key: self._from_disk(entry) for entry in entries}
-        self._writer = jsonfile.BackgroundWriter(path)
 
     def get(self, key: AccountKey) -> Account:
         """The account of ``key``, empty for one that never failed."""
         return self._accounts.get(key, Account())
 
-    def put(self, key: AccountKey, account: Account) -> None:
-        """Keep an account; it reaches the disk in the background."""
+    def put(
+        self, key: AccountKey, account: Account, released: str = "released by the operator"
+    ) -> None:
+        """Keep an account; it reaches the disk in the background.
+
+        ``released`` says how its quarantine ended, should this be the end of one.
+        """
+        before = self.get(key)
         self._accounts[key] = account
         entries = [self._to_disk(k, a) for k, a in self._accounts.items()]
         self._writer.save(_File(accounts=entries))
+        if account.quarantined and account.quarantines > before.quarantines:
+            self._report(key, "quarantine", f"quarantined: {account.last_reason}")
+        elif before.quarantined and not account.quarantined:
+            self._report(key, "release", released)
 
     def quarantined(self, model: str) -> list[AccountKey]:
         """The keys under which a model is quarantined, loaded or not."""
@@ -78,6 +106,19 @@ class AccountStore:
     async def flush(self) -> None:
         """Wait for the pending write."""
         await self._writer.flush()
+
+    def _report(
+        self, key: AccountKey, event: Literal["quarantine", "release"], reason: str
+    ) -> None:
+        if self._on_turn is not None:
+            self._on_turn(
+                event,
+                model=key.model,
+                digest=key.digest,
+                backend=key.backend,
+                backend_version=key.backend_version,
+                reason=reason,
+            )
 
     def _from_disk(self, entry: _Entry) -> Account:
         now, wall = self._monotonic(), self._wall()

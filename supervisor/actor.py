@@ -12,50 +12,26 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import zmq
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate, Load
-from supervisor import lifecycle
-from supervisor.accounts import AccountStore
+from supervisor import lifecycle, status
 from supervisor.canary import CanaryFailed, CanaryImpossible, CanaryReport, run_canary
 from supervisor.casefile import CaseFile
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
-from supervisor.incidents import Fingerprints, IncidentStore
-from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Command, Event, Readiness, State
 from supervisor.memory import Footprint
-from supervisor.metrics import Metrics
-from supervisor.quarantine import FailureKind, Policy, count_in_window
+from supervisor.quarantine import FailureKind, count_in_window
 from supervisor.recorder import Recorder
-from supervisor.registry import Registry
 from supervisor.requests import RequestTable
-from supervisor.settings import Settings
+from supervisor.services import Services
 from supervisor.stream import RequestStream
 from supervisor.views import ModelView, ReadinessView
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What all actors of a fleet share."""
-
-    settings: Settings
-    policy: Policy
-    registry: Registry
-    accounts: AccountStore
-    incidents: IncidentStore
-    fingerprints: Fingerprints
-    ledger: WorkerLedger
-    metrics: Metrics
-    zmq_context: zmq.Context[zmq.Socket[bytes]]
-    socket_folder: Path
 
 
 class Actor:
@@ -150,7 +126,7 @@ class Actor:
 
     def submit(self, request: Generate, *, streaming: bool) -> RequestStream:
         """See ``Fleet.submit``."""
-        self._require_routable()
+        status.require_routable(self.spec.model_id, self.state)
         in_hand, limit = len(self._requests), self._services.settings.max_queue
         if self.state.probation:
             limit = 1
@@ -194,27 +170,12 @@ class Actor:
         )
 
     def readiness(self) -> ReadinessView:
-        state = self.state
-        now = time.monotonic()
-        to_wall = time.time() - now
-        return ReadinessView(
-            state=state.readiness,
-            reason=state.reason,
-            crash_count=count_in_window(state.account, self._services.policy, now),
-            updated_at=state.updated_at + to_wall,
-            retry_at=None if state.retry_at is None else state.retry_at + to_wall,
-            code=state.code,
-            probation=state.probation,
-        )
+        """Raises ``model_not_found`` once the model is not tracked any more."""
+        return status.readiness_view(self.state, self._services.policy)
 
     def memory_gb(self) -> float | None:
         """Resident memory of the worker in GB (1e9 bytes); None without a worker."""
-        if self._generation is None:
-            return None
-        try:
-            return float(psutil.Process(self._generation.pid).memory_info().rss) / 1e9
-        except psutil.Error:
-            return None
+        return None if self._generation is None else status.resident_gb(self._generation.pid)
 
     @property
     def worker(self) -> tuple[int, int] | None:
@@ -333,7 +294,7 @@ class Actor:
             case lifecycle.AnswerLoads():
                 self._answer_loads(command)
             case lifecycle.SaveAccount():
-                services.accounts.put(spec.account_key, command.account)
+                services.accounts.put(spec.account_key, command.account, command.released)
 
     def _post_later(self, delay_s: float, event: Event) -> None:
         # One timer is enough: a generation is waited for before it is on probation.
@@ -444,7 +405,10 @@ class Actor:
         waiters, self._load_waiters = self._load_waiters, set()
         reason = self._explain(command.reason)
         if command.code is not None and self._state is not None:
-            log.warning("%s: load ended: %s (%s)", self.spec.model_id, command.reason, command.code)
+            if waiters:
+                log.warning(
+                    "%s: load ended: %s (%s)", self.spec.model_id, command.reason, command.code
+                )
             if self._state.readiness is Readiness.LOADING and not self._state.unloading:
                 reason += "; it will be tried again"
         for waiter in waiters:
@@ -466,24 +430,6 @@ class Actor:
         self._inbox.put_nowait(None)
         self._on_gone()
 
-    def _require_routable(self) -> None:
-        state = self.state
-        if state.readiness is Readiness.ROUTABLE and not state.unloading:
-            return
-        model_id = self.spec.model_id
-        if state.readiness is Readiness.QUARANTINED:
-            raise unstable(model_id, state.reason)
-        if state.unloading:
-            raise CodedError(ErrorCode.MODEL_NOT_READY, f"model {model_id!r} is being unloaded")
-        wait_s = 1.0
-        if state.retry_at is not None:
-            wait_s = max(wait_s, state.retry_at - time.monotonic())
-        raise CodedError(
-            ErrorCode.MODEL_NOT_READY,
-            f"model {model_id!r} is not ready: {state.readiness} ({state.reason})",
-            retry_after_s=wait_s,
-        )
-
     def _log(self, before: State | None, after: State | None) -> None:
         old = "untracked" if before is None else before.readiness
         if after is None:
@@ -498,12 +444,3 @@ class Actor:
                 after.readiness,
                 after.reason,
             )
-
-
-def unstable(model_id: str, reason: str) -> CodedError:
-    """The refusal of a quarantined model, with the ways out."""
-    return CodedError(
-        ErrorCode.MODEL_UNSTABLE,
-        f"model {model_id!r} is quarantined: {reason}; "
-        "release it, or load it with allow_unsupported_runtime=true to put it on probation",
-    )

@@ -6,7 +6,7 @@ names a signature of the model, a backend, the versions concerned and a reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -53,9 +53,15 @@ def find_block(
 
 
 def choose_backend(
-    model_format: str, requested: str | None, installed: Mapping[str, str | None]
+    model_format: str,
+    requested: str | None,
+    installed: Mapping[str, str | None],
+    failing: Collection[str] = (),
 ) -> str:
     """Name the backend to use. ``installed`` maps known backends to versions or None.
+
+    Unless one is requested, those that are ``failing`` on this model come last: when
+    there is no other, one of them is tried all the same.
 
     Raises ``model_unsupported_backend`` for an unknown, unsuitable or missing one.
     """
@@ -65,7 +71,9 @@ def choose_backend(
         raise _unsupported(f"unknown backend {requested!r}; known: {known}")
     if requested is not None and requested not in suitable:
         raise _unsupported(f"backend {requested!r} does not read {model_format} models")
-    candidates = suitable if requested is None else (requested,)
+    # Sorting is stable: it leaves the order of the others alone.
+    by_record = sorted(suitable, key=lambda backend: backend in failing)
+    candidates = by_record if requested is None else [requested]
     for backend in candidates:
         if installed.get(backend) is not None:
             return backend

@@ -38,7 +38,12 @@ class CanaryImpossible(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CanaryReport:
-    """What a passed canary measured. Speeds are those of the whole path."""
+    """What a passed canary measured. Speeds are those of the whole path.
+
+    ``canary`` names what was asked: only answers to the same can be compared.
+    """
+
+    canary: str
 
     time_to_first_token_s: float
     tokens_per_s: float
@@ -112,6 +117,7 @@ class _Canary:
         expected = min(tokens, self.context_length - prompt_tokens)
         check_answer(text, finish, stream.completion_tokens, expected)
         return CanaryReport(
+            canary=self._name(tokens),
             time_to_first_token_s=first_at - started,
             tokens_per_s=(stream.completion_tokens - tokens_at_first) / took if took > 0 else 0.0,
             output_digest=hashlib.sha256(text.encode()).hexdigest(),
@@ -127,6 +133,12 @@ class _Canary:
             await stream.next()
         finally:
             stream.close()
+
+    def _name(self, tokens: int) -> str:
+        # Spelt out: a new field of the messages must not make it another canary.
+        chat = [(message.role, message.content) for message in self.prompt.messages or []]
+        asked = msgspec.json.encode((chat, self.prompt.prompt, tokens))
+        return hashlib.sha256(asked).hexdigest()[:16]
 
     def _ask(self, max_tokens: int) -> RequestStream:
         return self.submit(

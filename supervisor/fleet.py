@@ -6,17 +6,19 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import zmq
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate
 from supervisor.accounts import AccountStore
-from supervisor.actor import Actor, Services, unstable
+from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.channel import make_socket_folder
+from supervisor.compatibility import Record, recommendations
 from supervisor.footprint import available_bytes, footprint_bytes
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.incidents import Fingerprints, Incident, IncidentStore
@@ -26,11 +28,19 @@ from supervisor.memory import judge
 from supervisor.metrics import Metrics
 from supervisor.quarantine import FailureKind, Policy, release
 from supervisor.registry import Registry
+from supervisor.regressions import regressions
+from supervisor.services import Services
 from supervisor.settings import Settings
+from supervisor.status import unstable
 from supervisor.stream import RequestStream
 from supervisor.views import LoadResult, ModelView
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Reads the registry's records, oldest first, beside the backends installed now.
+ReadRecords = Callable[[Sequence[Record], Mapping[str, str | None]], list[T]]
 
 #: Told how the load of a configured model ended; no error: it is routable.
 ReportAutoload = Callable[[str, CodedError | None], None]
@@ -53,7 +63,7 @@ class Fleet:
     ) -> None:
         self._on_autoload = on_autoload
         self._registry = Registry(settings.home)
-        self._accounts = AccountStore(settings.home)
+        self._accounts = AccountStore(settings.home, on_turn=self._registry.add_event)
         self._incidents = IncidentStore(settings.home)
         self._ledger = WorkerLedger(settings.home)
         self._ledger.sweep()
@@ -112,6 +122,27 @@ class Fleet:
         return self._registry.query(
             model=model, backend=backend, outcome=outcome, since=since, limit=limit
         )
+
+    async def recommendations(
+        self, *, model: str | None = None, backend: str | None = None
+    ) -> dict[str, object]:
+        """Allow, deny or unproven, by model, backend and version: ``{recommendations, count}``."""
+        found = await self._read_records(recommendations, model, backend)
+        return {"recommendations": found, "count": len(found)}
+
+    async def regressions(
+        self, *, model: str | None = None, backend: str | None = None
+    ) -> dict[str, object]:
+        """What a newer backend version made worse: ``{regressions, count}``."""
+        found = await self._read_records(regressions, model, backend)
+        return {"regressions": found, "count": len(found)}
+
+    async def _read_records(
+        self, read: ReadRecords[T], model: str | None, backend: str | None
+    ) -> list[T]:
+        records = self._registry.matching(model=model, backend=backend)
+        # Off the loop: some tens of milliseconds for a full registry.
+        return await asyncio.to_thread(read, records, await self._gate.installed())
 
     def incidents(self, *, model: str | None = None, limit: int = 100) -> list[Incident]:
         """Newest first."""

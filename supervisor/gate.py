@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from protocol.errors import CodedError
-from supervisor import admission, modelfiles
+from supervisor import admission, compatibility, modelfiles
 from supervisor.accounts import AccountKey
 from supervisor.admission import BlockRule
 from supervisor.modelfiles import ModelFiles
@@ -79,16 +79,23 @@ class Gate:
         wanted = configured.path if configured is not None else spec.model_id
         return await asyncio.to_thread(modelfiles.find, wanted, self._settings.effective_models_dir)
 
+    async def installed(self) -> dict[str, str | None]:
+        """Versions of the backends that are here now, see ``runtimes``."""
+        return await asyncio.to_thread(
+            installed_backends, simulated=self._settings.enable_simulated
+        )
+
     async def admit(self, spec: LoadSpec) -> ModelSpec:
         """Raises ``model_not_found``, ``model_incomplete`` or ``model_unsupported_backend``."""
         model_id = self.id_of(spec)
         configured = self._configured.get(model_id) or ModelSetting(path="")
         files = await asyncio.to_thread(modelfiles.inspect, await self.locate(spec))
-        installed = await asyncio.to_thread(
-            installed_backends, simulated=self._settings.enable_simulated
-        )
+        installed = await self.installed()
         requested = spec.backend or configured.backend
-        backend = admission.choose_backend(files.format, requested, installed)
+        failing = compatibility.failing(
+            self._registry.records, model=model_id, digest=files.digest, installed=installed
+        )
+        backend = admission.choose_backend(files.format, requested, installed, failing)
         version = installed[backend]
         assert version is not None
         if not spec.allow_unsupported_runtime:

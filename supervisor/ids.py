@@ -9,7 +9,10 @@ MAX_PATH_CHARS = 4096
 
 #: ``/admin/models/{id}`` has routes of these names.
 RESERVED = frozenset(
-    {"available", "compatibility", "download", "downloads", "load", "probe", "unload"}
+    {
+        *("available", "download", "downloads", "load", "probe", "unload"),
+        *("compatibility", "compatibility/recommendations", "compatibility/regressions"),
+    }
 )
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")

@@ -121,6 +121,8 @@ class IncidentStore:
         self._incidents: dict[str, Incident] = {}
         self._writes: set[asyncio.Task[None]] = set()
         for path in sorted(self._folder.glob("*.json")):
+            if jsonfile.is_later(path, SCHEMA_VERSION):
+                continue
             found = jsonfile.read(path, Incident, schema_version=SCHEMA_VERSION)
             if found is not None:
                 self._incidents[found.id] = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import tempfile
@@ -16,26 +17,71 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Formatting holds the interpreter lock, for milliseconds per MB: larger files do without.
+INDENT_LIMIT_BYTES = 256 * 1024
+
 
 class Unreadable(Exception):
     """The content is not what this version can read."""
 
 
+def open_state(
+    path: Path, kind: type[T], *, schema_version: int
+) -> tuple[T | None, BackgroundWriter]:
+    """Content of a state file, as ``read`` gives it, and what writes it from now on.
+
+    Call it once, under the home lock: what a killed writer left is swept away.
+
+    A file of a later schema is its program's, which may come back, and stays as it
+    is: this version then keeps its own beside it, ``name.v1.json`` beside ``name.json``,
+    for as long as the later one is there. Afterwards ``path`` is used again.
+    """
+    if (found := _later_schema(path, schema_version)) is not None:
+        later = path
+        path = path.with_name(f"{path.stem}.v{schema_version}{path.suffix}")
+        log.error(
+            "%s is of schema version %d, written by a later version of this program (here: "
+            "%d): it is left as it is, and %s is used instead",
+            *(later, found, schema_version, path.name),
+        )
+    for stale in path.parent.glob(f"{_temporary_prefix(path)}*"):
+        with contextlib.suppress(OSError):
+            stale.unlink()
+    return read(path, kind, schema_version=schema_version), BackgroundWriter(path)
+
+
+def is_later(path: Path, schema_version: int) -> bool:
+    """Whether a file was written by a later version of this program."""
+    return _later_schema(path, schema_version) is not None
+
+
+def _later_schema(path: Path, schema_version: int) -> int | None:
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_Versioned).schema_version
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    return found if found > schema_version else None
+
+
 def write(path: Path, content: object) -> None:
     """Replace ``path`` atomically: readers see the old file or the new one, whole.
 
-    Raises ``OSError`` (disk full, read-only); the old file is then untouched.
+    Raises ``OSError`` (disk full, read-only); the old file is then untouched. A kill
+    can leave a temporary file beside it, see ``open_state``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    encoded = msgspec.json.encode(content)
+    if len(encoded) <= INDENT_LIMIT_BYTES:
+        encoded = msgspec.json.format(encoded, indent=1)
+    handle, name = tempfile.mkstemp(prefix=_temporary_prefix(path), dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(content), indent=1))
+            file.write(encoded)
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
     except BaseException:
-        Path(name).unlink()
+        Path(name).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -45,7 +91,7 @@ def read(path: Path, kind: type[T], *, schema_version: int) -> T | None:
 
     A file that cannot be read is renamed, never overwritten, and logged.
     ``kind`` must have a ``schema_version`` field; a higher one than ours is a
-    later program's file and equally set aside.
+    later program's file and equally set aside, unless ``open_state`` is used.
     """
     try:
         content = path.read_bytes()
@@ -62,6 +108,10 @@ def read(path: Path, kind: type[T], *, schema_version: int) -> T | None:
     except (msgspec.MsgspecError, UnicodeDecodeError, Unreadable) as error:
         _set_aside(path, error)
         return None
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name}."
 
 
 class _Versioned(msgspec.Struct):
@@ -91,29 +141,37 @@ class BackgroundWriter:
     """Writes the latest content of one file off the event loop, one write at a time.
 
     A save that arrives during a write replaces the one that waits. A failed write
-    is logged and tried again with the next save.
+    is logged and tried again with the next save and the next flush.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._next: object | None = None
+        self._unwritten: object | None = None
         self._task: asyncio.Task[None] | None = None
 
     def save(self, content: object) -> None:
         """Schedule ``content``, which the caller must not change any more."""
-        self._next = content
+        self._next, self._unwritten = content, None
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain(), name=f"write {self._path.name}")
 
     async def flush(self) -> None:
         """Wait until everything saved so far is on disk, or has failed to get there."""
-        if self._task is not None:
+        if self._task is None:
+            return
+        await self._task
+        if self._unwritten is not None:
+            self.save(self._unwritten)
+            # Another one now, which ``save`` has begun.
             await self._task
 
     async def _drain(self) -> None:
         while (content := self._next) is not None:
-            self._next = None
+            self._next = self._unwritten = None
             try:
                 await asyncio.to_thread(write, self._path, content)
-            except OSError as error:
+            except Exception as error:
+                # Also of the content: whoever waits for the flush has others to wait for.
+                self._unwritten = content
                 log.error("cannot write %s: %s", self._path, error)

@@ -39,14 +39,15 @@ class WorkerLedger:
     """Keeps the file of one home, whose lock the caller holds."""
 
     def __init__(self, home: Path) -> None:
-        self._path = home / FILE_NAME
-        self._writer = jsonfile.BackgroundWriter(self._path)
+        self._left, self._writer = jsonfile.open_state(
+            home / FILE_NAME, _File, schema_version=SCHEMA_VERSION
+        )
         self._workers: dict[int, _Worker] = {}
 
     def sweep(self) -> list[int]:
         """Kill what is left of an earlier supervisor; returns the pids. Call once, first."""
-        file = jsonfile.read(self._path, _File, schema_version=SCHEMA_VERSION)
-        left = [w for w in (file.workers if file is not None else []) if _is_running(w)]
+        recorded = self._left.workers if self._left is not None else []
+        left = [worker for worker in recorded if _is_running(worker)]
         for worker in left:
             log.warning("killing worker %d, left by an earlier server", worker.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -9,12 +9,13 @@ import msgspec
 from protocol.errors import ErrorCode
 from protocol.messages import Generate
 from supervisor.canary import CanaryReport
+from supervisor.compatibility import Outcome
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.lifecycle import RecordFailure
 from supervisor.metrics import Metrics
-from supervisor.registry import Outcome, Registry
+from supervisor.registry import Registry
 
 #: How much of a worker's last output goes into a registry record.
 OUTPUT_BYTES = 2000

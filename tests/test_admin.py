@@ -262,6 +262,75 @@ def test_the_registry_is_where_the_runbook_looks(tmp_path: Path, tiny_gguf: Path
     assert [record["outcome"] for record in file["records"]] == ["pass"]
 
 
+def compatibility(server: Server, what: str, **filters: str) -> list[dict[str, Any]]:
+    answer = server.http.get(f"/admin/models/compatibility/{what}", params=filters)
+    assert answer.status_code == 200, answer.text
+    found: list[dict[str, Any]] = answer.json()[what]
+    assert answer.json()["count"] == len(found)
+    return found
+
+
+def test_an_upgrade_of_a_backend_shows_in_the_registry(tmp_path: Path) -> None:
+    """The record of a faster backend version with another output, then the model's canary here."""
+    home = tmp_path / "home"
+    script = write_script(tmp_path, "sim", step_delay_s=0.01)
+    with serve(home) as server:
+        assert server.load(str(script)).status_code == 200
+        assert [r["verdict"] for r in compatibility(server, "recommendations")] == ["allow"]
+    registry = home / "compatibility-registry.json"
+    file = json.loads(registry.read_text())
+    (record,) = file["records"]
+    version = record["backend_version"]
+    older = {**record, "backend_version": "0.9"}
+    older["metadata"] = {**record["metadata"], "output_digest": "0" * 64, "tokens_per_s": 1e6}
+    file["records"] = [older] * 3
+    registry.write_text(json.dumps(file))
+
+    with serve(home) as server:
+        before, now = compatibility(server, "recommendations")
+        assert (before["backend_version"], before["verdict"]) == ("0.9", "allow")
+        assert (now["backend_version"], now["verdict"]) == (version, "unproven")
+        assert "proven on simulated 0.9" in now["reason"]
+        assert now["installed"]
+        assert not before["installed"]
+        assert compatibility(server, "regressions") == []
+        assert server.load(str(script)).status_code == 200
+        before, now = compatibility(server, "recommendations", model="sim")
+        assert (now["verdict"], now["evidence"]["pass"]) == ("allow", 1)
+        changed, slower = compatibility(server, "regressions", backend="simulated")
+        assert [changed["kind"], slower["kind"]] == ["output_changed", "slower"]
+        for regression in (changed, slower):
+            assert regression["last_good_version"] == "0.9"
+            assert regression["backend_version"] == version
+            assert regression["installed"]
+        assert changed["before"]["record"]["metadata"]["output_digest"] == "0" * 64
+        assert slower["before"]["tokens_per_s"] == 1e6
+        assert slower["after"]["tokens_per_s"] < 1000
+        assert compatibility(server, "regressions", model="another") == []
+
+
+def test_a_quarantine_and_its_release_are_on_record(tmp_path: Path) -> None:
+    script = write_script(tmp_path, "unsound", tokens=["!"])
+    with serve(tmp_path / "home") as server:
+        assert server.load(str(script)).status_code == 409
+        server.await_state("unsound", "quarantined")
+        (denied,) = compatibility(server, "recommendations")
+        assert denied["verdict"] == "deny"
+        assert denied["reason"].startswith("quarantined: canary: ")
+        assert denied["evidence"]["fail"] == 3
+        for _ in polls():
+            if server.http.post("/admin/models/unsound/release").is_success:
+                break
+        (released,) = compatibility(server, "recommendations")
+        assert released["verdict"] == "unproven"
+        assert "released by the operator" in released["reason"]
+        page = server.http.get("/admin/models/compatibility").json()
+        events = [record["metadata"].get("event") for record in page["records"]]
+        assert events.count("quarantine") == events.count("release") == 1
+        (summary,) = page["summary"]
+        assert (summary["fail"], summary["events"], page["total"]) == (3, 2, 5)
+
+
 def test_an_open_bind_without_keys_is_refused(tmp_path: Path) -> None:
     process = start(tmp_path / "home", "--host", "0.0.0.0")
     output, _ = process.communicate(timeout=30)

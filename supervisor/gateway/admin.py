@@ -121,6 +121,22 @@ async def compatibility(gateway: Gateway, call: Call) -> Response:
     return json_response(records)
 
 
+async def recommendations(gateway: Gateway, call: Call) -> Response:
+    """Verdicts on every model, backend and version; ``model`` and ``backend`` filter."""
+    query = call.query_params
+    return json_response(
+        await gateway.fleet.recommendations(model=query.get("model"), backend=query.get("backend"))
+    )
+
+
+async def regressions(gateway: Gateway, call: Call) -> Response:
+    """What a newer backend version made worse; ``model`` and ``backend`` filter."""
+    query = call.query_params
+    return json_response(
+        await gateway.fleet.regressions(model=query.get("model"), backend=query.get("backend"))
+    )
+
+
 async def list_incidents(gateway: Gateway, call: Call) -> Response:
     """Newest first, without what is long; ``model`` and ``limit`` filter."""
     query = call.query_params

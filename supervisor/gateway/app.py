@@ -1,7 +1,7 @@
 """The ASGI application: every route, and nothing else.
 
 Names under ``/admin/models`` that are routes of their own (``load``, ``unload``,
-``compatibility``) come before ``{id:path}``; ids may contain slashes.
+``compatibility`` and what is below it) come before ``{id:path}``; ids may contain slashes.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ def _routes(gateway: Gateway) -> list[Route]:
         route("/admin/models/load", Side.ADMIN, {"POST": admin.load_model}),
         route("/admin/models/unload", Side.ADMIN, {"POST": admin.unload_model}),
         route("/admin/models/compatibility", Side.ADMIN, {"GET": admin.compatibility}),
+        route(
+            "/admin/models/compatibility/recommendations",
+            Side.ADMIN,
+            {"GET": admin.recommendations},
+        ),
+        route("/admin/models/compatibility/regressions", Side.ADMIN, {"GET": admin.regressions}),
         route("/admin/incidents", Side.ADMIN, {"GET": admin.list_incidents}),
         route("/admin/incidents/{id}", Side.ADMIN, {"GET": admin.get_incident}),
         # Only for POST, so that a model called "org/release" can still be looked at.

@@ -87,9 +87,13 @@ class AnswerLoads:
 
 @dataclass(frozen=True, slots=True)
 class SaveAccount:
-    """Persist the account, so that a restart is no amnesty."""
+    """Persist the account, so that a restart is no amnesty.
+
+    ``released`` says how its quarantine ended, should this be the end of one.
+    """
 
     account: Account
+    released: str = "released by the operator"
 
 
 Command = (

@@ -217,7 +217,8 @@ def _probation_served(state: State, event: ProbationServed) -> Outcome:
         return state, []
     _require(state, event, Readiness.ROUTABLE)
     account = release(state.account)
-    return replace(state, account=account, probation=False), [SaveAccount(account)]
+    save = SaveAccount(account, released="probation served")
+    return replace(state, account=account, probation=False), [save]
 
 
 def _load_refused(state: State, event: LoadRefused, now: float) -> Outcome:

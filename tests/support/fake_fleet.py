@@ -190,6 +190,18 @@ class FakeFleet(Fleet):
         )
         return {"records": [], "total": 0, "summary": {}}
 
+    async def recommendations(
+        self, *, model: str | None = None, backend: str | None = None
+    ) -> dict[str, object]:
+        self.queries.append({"model": model, "backend": backend})
+        return {"recommendations": [], "count": 0}
+
+    async def regressions(
+        self, *, model: str | None = None, backend: str | None = None
+    ) -> dict[str, object]:
+        self.queries.append({"model": model, "backend": backend})
+        return {"regressions": [], "count": 0}
+
     async def start(self) -> None:
         self.started = True
         if self.on_start is not None:

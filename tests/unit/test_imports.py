@@ -23,9 +23,22 @@ ONLY_IN = {
     "jinja2": {"worker/chat/"},
 }
 #: They hold the context that sockets are made from, but make none.
-ONLY_IN["zmq"] |= {"supervisor/generation.py", "supervisor/actor.py", "supervisor/fleet.py"}
+ONLY_IN["zmq"] |= {
+    "supervisor/generation.py",
+    "supervisor/actor.py",
+    "supervisor/fleet.py",
+    "supervisor/services.py",
+}
 
-PURE = ("lifecycle/*", "quarantine", "admission", "watchdog", "memory")
+PURE = (
+    "lifecycle/*",
+    "quarantine",
+    "admission",
+    "watchdog",
+    "memory",
+    "compatibility",
+    "regressions",
+)
 IMPURE_MODULES = {"asyncio", "zmq", "os", "time", "random", "threading", "subprocess", "pathlib"}
 
 #: Inside the supervisor: a module may import those of lower levels (and, within
@@ -33,7 +46,8 @@ IMPURE_MODULES = {"asyncio", "zmq", "os", "time", "random", "threading", "subpro
 #: protocol, settings and views.
 LEAVES_MAY_IMPORT = {
     "lifecycle": {"quarantine"},
-    "registry": {"jsonfile"},
+    "registry": {"compatibility", "jsonfile"},
+    "regressions": {"compatibility"},
     "accounts": {"jsonfile", "quarantine"},
     "blocklist": {"admission"},
     "process": {"quarantine"},
@@ -42,11 +56,13 @@ LEAVES_MAY_IMPORT = {
     "requests": {"stream"},
     "incidents": {"jsonfile"},
     "casefile": {"incidents"},
+    "status": {"lifecycle", "quarantine"},
     "ledger": {"jsonfile"},
 }
 EVERYONE_MAY_IMPORT = {"settings", "views"}
 NOT_LEAVES = {
     "recorder",
+    "services",
     "gate",
     "generation",
     "actor",

@@ -1,11 +1,13 @@
 """Failure accounts: a restart of the supervisor is no amnesty."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from supervisor.accounts import AccountKey, AccountStore
-from supervisor.quarantine import Account, Policy, count_in_window
+from supervisor.quarantine import Account, Policy, count_in_window, release
 
 KEY = AccountKey("m", "digest", "llama", "1")
 POLICY = Policy(window_s=600)
@@ -54,3 +56,52 @@ async def test_an_upgrade_of_any_part_starts_clean(tmp_path: Path, other: Accoun
     accounts.put(KEY, Account(quarantined=True))
     await accounts.flush()
     assert accounts.get(other) == Account()
+
+
+async def test_quarantines_and_releases_are_told(tmp_path: Path) -> None:
+    told: list[tuple[str, str, str]] = []
+
+    def on_turn(event: str, *, reason: str, **key: str) -> None:
+        assert key == msgspec.structs.asdict(KEY)
+        told.append((event, reason, key["digest"]))
+
+    accounts = AccountStore(tmp_path, on_turn=on_turn)
+    failed = Account(streak=1, last_reason="segfault")
+    accounts.put(KEY, failed)
+    assert told == []
+    quarantined = replace(failed, quarantined=True, quarantines=1)
+    accounts.put(KEY, quarantined)
+    accounts.put(KEY, quarantined)
+    assert told == [("quarantine", "quarantined: segfault", "digest")]
+    # On probation it fails once more, then serves the next one.
+    accounts.put(KEY, replace(quarantined, quarantines=2, last_reason="hang"))
+    accounts.put(KEY, release(quarantined), "probation served")
+    accounts.put(KEY, release(quarantined))
+    assert told[1:] == [
+        ("quarantine", "quarantined: hang", "digest"),
+        ("release", "probation served", "digest"),
+    ]
+    await accounts.flush()
+
+
+async def test_a_quarantine_of_before_the_restart_is_not_told_again(tmp_path: Path) -> None:
+    before = AccountStore(tmp_path)
+    before.put(KEY, Account(quarantined=True, quarantines=1))
+    await before.flush()
+    told: list[str] = []
+    after = AccountStore(tmp_path, on_turn=lambda event, **_: told.append(event))
+    after.put(KEY, after.get(KEY))
+    after.put(KEY, release(after.get(KEY)))
+    assert told == ["release"]
+    await after.flush()
+
+
+async def test_the_accounts_of_a_later_version_are_left_whole(tmp_path: Path) -> None:
+    path = tmp_path / "failure-accounts.json"
+    later = '{"schema_version": 2, "accounts": {"other": "shape"}}'
+    path.write_text(later)
+    before = AccountStore(tmp_path)
+    before.put(KEY, Account(quarantined=True))
+    await before.flush()
+    assert path.read_text() == later
+    assert AccountStore(tmp_path).get(KEY).quarantined

@@ -24,6 +24,11 @@ def test_the_format_decides() -> None:
     assert choose_backend("gguf", "llama", INSTALLED) == "llama"
 
 
+def test_a_failing_backend_is_better_than_none() -> None:
+    assert choose_backend("gguf", None, INSTALLED, {"llama"}) == "llama"
+    assert choose_backend("gguf", "llama", INSTALLED, {"llama"}) == "llama"
+
+
 @pytest.mark.parametrize(
     ("model_format", "requested", "message"),
     [

@@ -70,6 +70,13 @@ async def test_the_digest_tells_outputs_apart() -> None:
     assert len(digests) == 2
 
 
+async def test_the_report_tells_what_was_asked() -> None:
+    reports = [
+        (await run(say("one ", "two "), strict=strict))[1] for strict in (False, False, True)
+    ]
+    assert reports[0].canary == reports[1].canary != reports[2].canary
+
+
 async def test_probation_asks_for_more() -> None:
     asked, _ = await run(say("one ", "two ", "three "), strict=True)
     assert asked[0].max_tokens is not None

@@ -99,6 +99,14 @@ async def test_garbage_among_them_is_set_aside(tmp_path: Path) -> None:
     assert len(IncidentStore(tmp_path).list()) == 1
 
 
+async def test_a_record_of_a_later_version_is_left_as_it_is(tmp_path: Path) -> None:
+    later = tmp_path / "incidents" / "20260101T000000Z-00000000.json"
+    later.parent.mkdir()
+    later.write_text('{"schema_version": 2, "id": "?"}')
+    assert IncidentStore(tmp_path).list() == []
+    assert later.exists()
+
+
 def test_fingerprints_tell_requests_apart_and_not_what_they_say(tmp_path: Path) -> None:
     prints = Fingerprints(tmp_path)
     request = Generate(1, messages=[ChatMessage("user", "a secret")])

@@ -160,6 +160,7 @@ async def test_bad_loads(
         *("/a\0b", "/" * 4097, "a\nb", "a\x7f", "a" * 257),
         *("a/", "a//b", "a/./b", "..", "a/../b", "a:../b"),
         *("load", "unload", "compatibility", "available", "download", "downloads", "probe"),
+        *("compatibility/recommendations", "compatibility/regressions"),
     ],
 )
 async def test_ids_that_could_not_be_addressed(
@@ -237,6 +238,20 @@ async def test_compatibility_filters(client: httpx.AsyncClient, fleet: FakeFleet
         "limit": 1000,
     }
     assert [query["since"] for query in fleet.queries[2:]] == [1_700_000_000.0] * 3
+
+
+@pytest.mark.parametrize("name", ["recommendations", "regressions"])
+async def test_what_the_records_say(client: httpx.AsyncClient, fleet: FakeFleet, name: str) -> None:
+    path = f"/admin/models/compatibility/{name}"
+    answer = await client.get(path)
+    assert answer.status_code == 200
+    assert answer.json() == {name: [], "count": 0}
+    await client.get(path, params={"model": "a/b", "backend": "mlx"})
+    assert fleet.queries == [
+        {"model": None, "backend": None},
+        {"model": "a/b", "backend": "mlx"},
+    ]
+    assert (await client.post(path)).status_code == 405
 
 
 @pytest.mark.parametrize(

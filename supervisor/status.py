@@ -1,0 +1,62 @@
+"""How a model stands, in the words of the outside: its readiness, or why it takes no request."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+from protocol.errors import CodedError, ErrorCode
+from supervisor.lifecycle import Readiness, State
+from supervisor.quarantine import Policy, count_in_window
+from supervisor.views import ReadinessView
+
+
+def readiness_view(state: State, policy: Policy) -> ReadinessView:
+    """The state with its monotonic times turned into epoch seconds."""
+    now = time.monotonic()
+    to_wall = time.time() - now
+    return ReadinessView(
+        state=state.readiness,
+        reason=state.reason,
+        crash_count=count_in_window(state.account, policy, now),
+        updated_at=state.updated_at + to_wall,
+        retry_at=None if state.retry_at is None else state.retry_at + to_wall,
+        code=state.code,
+        probation=state.probation,
+    )
+
+
+def require_routable(model_id: str, state: State) -> None:
+    """Raise ``model_unstable`` or ``model_not_ready`` unless the model takes traffic."""
+    if state.readiness is Readiness.ROUTABLE and not state.unloading:
+        return
+    if state.readiness is Readiness.QUARANTINED:
+        raise unstable(model_id, state.reason)
+    if state.unloading:
+        raise CodedError(ErrorCode.MODEL_NOT_READY, f"model {model_id!r} is being unloaded")
+    wait_s = 1.0
+    if state.retry_at is not None:
+        wait_s = max(wait_s, state.retry_at - time.monotonic())
+    raise CodedError(
+        ErrorCode.MODEL_NOT_READY,
+        f"model {model_id!r} is not ready: {state.readiness} ({state.reason})",
+        retry_after_s=wait_s,
+    )
+
+
+def unstable(model_id: str, reason: str) -> CodedError:
+    """The refusal of a quarantined model, with the ways out."""
+    return CodedError(
+        ErrorCode.MODEL_UNSTABLE,
+        f"model {model_id!r} is quarantined: {reason}; "
+        "release it, or load it with allow_unsupported_runtime=true to put it on probation",
+    )
+
+
+def resident_gb(pid: int) -> float | None:
+    """Resident memory of a process in GB (1e9 bytes); None once it is gone."""
+    try:
+        return float(psutil.Process(pid).memory_info().rss) / 1e9
+    except psutil.Error:
+        return None
