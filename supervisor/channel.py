@@ -149,9 +149,12 @@ def make_socket_folder(home: Path) -> tempfile.TemporaryDirectory[str]:
     for stale in home.glob(f"{_FOLDER_PREFIX}*"):
         shutil.rmtree(stale, ignore_errors=True)
     for parent in (home, None, Path("/tmp")):
-        folder = tempfile.TemporaryDirectory(
-            prefix=_FOLDER_PREFIX, dir=parent, ignore_cleanup_errors=True
-        )
+        try:
+            folder = tempfile.TemporaryDirectory(
+                prefix=_FOLDER_PREFIX, dir=parent, ignore_cleanup_errors=True
+            )
+        except OSError:
+            continue
         if len(os.fsencode(folder.name)) + _NAME_BYTES <= MAX_SOCKET_PATH:
             return folder
         folder.cleanup()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,14 @@ from supervisor.gateway.announce import Announcer
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
 
-LOCK_FILE = "supervisor.lock"
+log = logging.getLogger(__name__)
+
+#: Says who holds the home; the lock itself is on the folder.
+HOLDER_FILE = "supervisor.pid"
 
 
 class HomeUnusable(Exception):
-    """The home folder cannot be made or written; the message says which and why."""
+    """The home folder cannot be made or entered; the message says which and why."""
 
 
 class HomeInUse(HomeUnusable):
@@ -32,12 +36,13 @@ class HomeInUse(HomeUnusable):
 def home_lock(home: Path) -> Iterator[None]:
     """Hold the home folder, making it if need be; only one supervisor may write its state.
 
-    The kernel drops the lock with the process, however it dies. Raises
-    ``HomeInUse``, or ``HomeUnusable`` when the folder cannot be made or written.
+    The lock is on the folder itself, which works on a read-only disk as well: the
+    server then runs, and remembers nothing. The kernel drops it with the process,
+    however that dies. Raises ``HomeInUse``, or ``HomeUnusable`` for no folder at all.
     """
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(home / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        handle = os.open(home, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise HomeUnusable(
             f"cannot use {home} as the home folder (--home / OPTA_LMX_HOME): {error.strerror}"
@@ -46,16 +51,29 @@ def home_lock(home: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
             raise HomeInUse(
-                f"another opta-lmx (pid {holder}) uses {home}; stop it, "
+                f"another opta-lmx ({_holder(home)}) uses {home}; stop it, "
                 "or choose another folder with --home / OPTA_LMX_HOME"
             ) from None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        try:
+            (home / HOLDER_FILE).write_text(f"pid {os.getpid()}\n")
+        except OSError as error:
+            log.error(
+                "%s cannot be written (%s): failures, quarantines and incidents of this run "
+                "will be forgotten at its end",
+                home,
+                error.strerror,
+            )
         yield
     finally:
         os.close(handle)
+
+
+def _holder(home: Path) -> str:
+    try:
+        return (home / HOLDER_FILE).read_text()[:32].strip() or "starting"
+    except (OSError, UnicodeDecodeError):
+        return "of unknown pid"
 
 
 def run(settings: Settings) -> None:

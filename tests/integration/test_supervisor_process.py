@@ -62,3 +62,20 @@ def test_a_model_that_cannot_be_loaded_at_the_start_is_announced(tmp_path: Path)
         assert ready.status_code == 503
         assert ready.json()["reason"]
     assert "model_not_found" in server.text
+
+
+def test_a_home_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    # For root no folder is read-only: a folder in the place of each file is.
+    names = ("supervisor.pid", "workers.json", "failure-accounts.json", "fingerprint.key")
+    for name in (*names, "compatibility-registry.json"):
+        (home / name / "occupied").mkdir(parents=True)
+    (home / "incidents").write_text("a file in the place of the folder")
+    write_script(tmp_path, "model")
+    with serve(home, "--models-dir", str(tmp_path)) as server:
+        assert "will be forgotten" in server.text
+        assert server.load("model").status_code == 200
+        server.kill_worker("model")
+        server.await_state("model", "routable", generation=2)
+        assert server.http.get("/admin/incidents").json()["count"] == 1
+        assert server.chat("model").status_code == 200
