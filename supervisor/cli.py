@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from supervisor.terminal import give_up_stdout, never_fail_to_encode, plain, table
+from supervisor.terminal import give_up_stdout, never_fail_to_encode, plain, print_table
 
 if TYPE_CHECKING:
     from supervisor.client import Client
@@ -152,8 +152,7 @@ def ps(
 
         typer.echo(json.dumps(models, indent=2))
         return
-    for line in table(MODEL_COLUMNS, map(model_cells, models)):
-        typer.echo(line)
+    print_table(MODEL_COLUMNS, map(model_cells, models))
 
 
 @app.command()

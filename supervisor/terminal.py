@@ -6,10 +6,14 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 #: Everything that moves the cursor, rings, recolours or retitles; line feed and tab stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+#: Wider than any table.
+_UNBOUNDED = 10_000
 
 
 def plain(text: str) -> str:
@@ -17,13 +21,19 @@ def plain(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Lines with columns as wide as their widest cell."""
-    lines = [header, *([plain(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        yield "  ".join(cells).rstrip()
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns on stdout: fitted to a terminal, never cut for a pipe."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        grid.add_row(*(Text(plain(cell)) for cell in row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _UNBOUNDED
+    console.print(grid)
 
 
 def never_fail_to_encode() -> None:

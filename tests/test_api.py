@@ -58,6 +58,20 @@ def test_the_openai_client_streams_an_answer_of_a_real_model(client: openai.Open
     assert 5 < usage.completion_tokens < 40
 
 
+@pytest.mark.parametrize("model", REAL)
+def test_the_openai_client_streams_from_each_backend(client: openai.OpenAI, model: str) -> None:
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "Hello"}],
+        temperature=0,
+        max_tokens=20,
+        stream=True,
+    )
+    chunks = [chunk.choices[0] for chunk in stream if chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in chunks)
+    assert chunks[-1].finish_reason == "length"
+
+
 def test_the_whole_answer_equals_the_streamed_one(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="demo",
