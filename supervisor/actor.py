@@ -72,8 +72,8 @@ class Actor:
     def start(self, *, probation: bool) -> None:
         """Begin to load. The state is set when this returns."""
         account = self._services.accounts.get(self.spec.account_key)
-        self._apply(lifecycle.LoadAccepted(account, probation))
         self._task = asyncio.create_task(self._run(), name=f"actor {self.spec.model_id}")
+        self._apply(lifecycle.LoadAccepted(account, probation))
 
     def load_again(self) -> None:
         """Override the quarantine. Raises ``model_conflict`` while its worker is not gone."""
@@ -100,6 +100,8 @@ class Actor:
         """
         if self.state.readiness is Readiness.ROUTABLE:
             return self.readiness()
+        if self.state.readiness is Readiness.QUARANTINED:
+            raise status.unstable(self.spec.model_id, self.state.reason)
         waiter: asyncio.Future[ReadinessView] = asyncio.get_running_loop().create_future()
         self._load_waiters.add(waiter)
         try:
@@ -178,6 +180,12 @@ class Actor:
         return None if self._generation is None else status.resident_gb(self._generation.pid)
 
     @property
+    def dying(self) -> bool:
+        """Whether its worker is being brought down, so that its memory is about to be free."""
+        state = self._state
+        return state is not None and state.worker_alive and (state.failed or state.unloading)
+
+    @property
     def worker(self) -> tuple[int, int] | None:
         """Generation and pid of the live worker."""
         if self._generation is None:
@@ -195,7 +203,8 @@ class Actor:
             model_id=self.spec.model_id,
             generation=generation,
             size=size,
-            baseline=self._memory_baseline,
+            # While it loads, its weights are what it may well hold.
+            baseline=self._memory_baseline or self.spec.files.size_bytes,
             limit=self.spec.memory_limit_bytes,
         )
 
@@ -248,7 +257,12 @@ class Actor:
             before, event, self._services.policy, time.monotonic()
         )
         for command in commands:
-            self._execute(command)
+            try:
+                self._execute(command)
+            except Exception:
+                # One that fails, such as keeping a record, must not cost the others:
+                # somebody waits for each of them.
+                log.exception("%s: %s", self.spec.model_id, type(command).__name__)
         after = self._state
         if after is not before:
             self._log(before, after)

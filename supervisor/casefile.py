@@ -20,6 +20,9 @@ from supervisor.incidents import (
     stacks_in,
 )
 
+#: Looked up once: it reads the disk, which a server in trouble may not be able to.
+SERVER_VERSION = metadata.version("opta-lmx")
+
 #: Memory samples kept: the minutes before a failure, at one a second.
 MAX_SAMPLES = 240
 
@@ -73,7 +76,7 @@ class CaseFile:
             crash_count=crash_count,
             backend=self._backend,
             backend_version=self._backend_version,
-            server_version=metadata.version("opta-lmx"),
+            server_version=SERVER_VERSION,
             output_tail=output[-OUTPUT_BYTES:],
             stacks=stacks_in(output)[-OUTPUT_BYTES:],
             memory=list(self._memory),

@@ -8,6 +8,7 @@ decoded afterwards; the reader always empties the socket.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -97,7 +98,8 @@ class Channel:
             if not socket.closed:
                 self._loop.remove_reader(int(socket.getsockopt(zmq.FD)))
                 socket.close(linger=0)
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def _bind(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)

@@ -209,6 +209,7 @@ class Fleet:
 
     async def start(self) -> None:
         """Begin loading the configured models, one after the other, in the background."""
+        self._at_gate.update(spec.model_id for spec in self._gate.configured)
         self._autoload = asyncio.create_task(self._load_configured(), name="autoload")
         self._memory_watch = asyncio.create_task(self._watch_memory(), name="memory watch")
 
@@ -243,6 +244,8 @@ class Fleet:
         actor = self._actors.get(model_id)
         if actor is not None:
             return actor
+        if self._accounts.quarantined(model_id):
+            raise unstable(model_id, "it failed too often before this start of the server")
         if self._at_gate[model_id]:
             raise CodedError(
                 ErrorCode.MODEL_NOT_READY,
@@ -263,7 +266,8 @@ class Fleet:
                 actor = self._actors.get(model_id)
                 if actor is not None and not _rests(actor):
                     await self._check_same(actor, spec)
-                    if self._actors.get(model_id) is actor and not _is_leaving(actor):
+                    same = self._actors.get(model_id) is actor
+                    if same and not _rests(actor) and not _is_leaving(actor):
                         return actor
                     continue
                 model = await self._gate.admit(spec)
@@ -278,9 +282,12 @@ class Fleet:
             log.warning("%s: load refused: %s (%s)", model_id, error.message, error.code)
             raise
         finally:
-            self._at_gate[model_id] -= 1
-            if not self._at_gate[model_id]:
-                del self._at_gate[model_id]
+            self._leave_gate(model_id)
+
+    def _leave_gate(self, model_id: str) -> None:
+        self._at_gate[model_id] -= 1
+        if not self._at_gate[model_id]:
+            del self._at_gate[model_id]
 
     async def _settled(self, model_id: str) -> None:
         """Wait until the model is not on its way out."""
@@ -351,12 +358,14 @@ class Fleet:
             await asyncio.sleep(max(settings.memory_interval_s, 20 * took))
 
     def _judge_memory(self, sizes: list[tuple[Actor, int, int]], available: int) -> None:
+        dying = any(actor.dying for actor in self._actors.values())
         footprints = [
             footprint
             for actor, generation, size in sizes
-            if (footprint := actor.footprint(generation, size)) is not None
+            if (footprint := actor.footprint(generation, size)) is not None and not actor.dying
         ]
-        low_water = self._services.settings.memory_low_water_bytes
+        # What is being stopped already is about to give its memory back.
+        low_water = 0 if dying else self._services.settings.memory_low_water_bytes
         for verdict in judge(footprints, available=available, low_water=low_water):
             actor = self._actors.get(verdict.model_id)
             if actor is not None:
@@ -373,6 +382,7 @@ class Fleet:
                 # One model's trouble must not keep the others from being loaded.
                 log.exception("%s: not loaded", spec.model_id)
                 failure = CodedError(ErrorCode.INTERNAL_ERROR, str(error))
+            self._leave_gate(spec.model_id)
             try:
                 self._on_autoload(spec.model_id, failure)
             except OSError as error:

@@ -38,11 +38,13 @@ def footprint_bytes(pid: int) -> int | None:
 def available_bytes() -> int:
     """What can be allocated without swapping: the host's, or the cgroup's if that is less."""
     available = int(psutil.virtual_memory().available)
-    limit = _read_number(Path("/sys/fs/cgroup/memory.max"))
-    used = _read_number(Path("/sys/fs/cgroup/memory.current"))
+    folder = _cgroup_folder()
+    limit = _read_number(folder / "memory.max")
+    used = _read_number(folder / "memory.current")
     if limit is None or used is None:
         return available
-    return min(available, max(0, limit - used))
+    # The page cache is counted as used, and given back on demand.
+    return min(available, max(0, limit - used + _page_cache(folder)))
 
 
 def oom_kills() -> int | None:
@@ -71,6 +73,26 @@ def _phys_footprint(pid: int) -> int:
     if libproc.proc_pid_rusage(pid, _RUSAGE_INFO_V0, ctypes.byref(buffer)) != 0:
         raise OSError(f"proc_pid_rusage failed for {pid}")
     return int(buffer[_PHYS_FOOTPRINT_FIELD])
+
+
+def _cgroup_folder() -> Path:
+    """The unified (v2) cgroup of this process; a folder without files where there is none."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return root
+    own = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    return root / own[0] if own else root
+
+
+def _page_cache(folder: Path) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split() for line in lines)
+    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))
 
 
 def _read_number(path: Path) -> int | None:

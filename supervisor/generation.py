@@ -207,7 +207,7 @@ class Generation:
                 f"backend {hello.backend!r} is now version {hello.backend_version}, "
                 f"the model was admitted for {self._backend_version}; load it again"
             )
-            self._post(LoadRefused(self.number, ErrorCode.MODEL_UNSUPPORTED_BACKEND, reason))
+            self._post(LoadRefused(self.number, ErrorCode.MODEL_CONFLICT, reason))
             return
         self._watchdog.enter(Phase.LOAD, time.monotonic())
         self.send(self._load)
@@ -229,6 +229,8 @@ class Generation:
         if now - self._watched_at > 5 * WATCH_INTERVAL_S:
             self._watchdog.forgive(now)
         self._watched_at = now
+        # The count is the host's: only what is new at the moment of a death may explain it.
+        self._oom_kills = oom_kills()
         if (reason := self._watchdog.verdict(now)) is not None:
             loading = self._watchdog.phase in {Phase.STARTING, Phase.LOAD}
             kind = FailureKind.LOAD_TIMEOUT if loading else FailureKind.HANG
@@ -252,20 +254,28 @@ class Generation:
         self._start(self._report_exit())
 
     async def _report_exit(self) -> None:
+        kind, reason = self._process.describe_exit()
+        try:
+            await self._hear_last_words()
+            if self._was_oom_killed():
+                kind, reason = FailureKind.MEMORY, "killed by the kernel's out-of-memory killer"
+            if tail := self._process.output_tail.strip():
+                log.debug("last output of %s, which %s:\n%s", self._name, reason, tail[-4000:])
+        finally:
+            # Whatever went wrong in looking at it: the death itself has to be told.
+            self._post(WorkerExited(self.number, kind, reason, random.random()))
+
+    async def _hear_last_words(self) -> None:
+        """Read what the worker still said; wait for it where it explains the exit."""
         self._channel.drain()
-        unexplained = self._process.exit_status == EXIT_FAULT or self.model is None
-        if unexplained and not self._stopping:
-            # Its last message may still be on the way, and explains the exit.
+        explained = self._process.exit_status == EXIT_FAULT
+        # A library may abort on the way out, after the load was refused properly.
+        aborted_loading = self._process.exit_status == -signal.SIGABRT and self.model is None
+        if (explained or aborted_loading) and not self._stopping:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
                     await self._explained.wait()
         self._channel.close()
-        kind, reason = self._process.describe_exit()
-        if self._was_oom_killed():
-            kind, reason = FailureKind.MEMORY, "killed by the kernel's out-of-memory killer"
-        if tail := self._process.output_tail.strip():
-            log.debug("last output of %s, which %s:\n%s", self._name, reason, tail[-4000:])
-        self._post(WorkerExited(self.number, kind, reason, random.random()))
 
     def _was_oom_killed(self) -> bool:
         if self._stopping or self._process.exit_status != -signal.SIGKILL:

@@ -114,12 +114,15 @@ class Fingerprints:
 
 
 class IncidentStore:
-    """The records of one home, newest first. Writes happen off the event loop."""
+    """The records of one home, newest first. Writes happen off the event loop, in order."""
 
     def __init__(self, home: Path) -> None:
         self._folder = home / FOLDER_NAME
         self._incidents: dict[str, Incident] = {}
-        self._writes: set[asyncio.Task[None]] = set()
+        self._unwritten: dict[str, None] = {}
+        self._surplus: list[str] = []
+        self._writer: asyncio.Task[None] | None = None
+        jsonfile.sweep(self._folder)
         for path in sorted(self._folder.glob("*.json")):
             if jsonfile.is_later(path, SCHEMA_VERSION):
                 continue
@@ -130,12 +133,13 @@ class IncidentStore:
     def put(self, incident: Incident) -> None:
         """Keep a record, or a more complete version of it."""
         self._incidents[incident.id] = incident
-        surplus = list(self._incidents)[: max(0, len(self._incidents) - MAX_INCIDENTS)]
-        for old in surplus:
+        self._unwritten[incident.id] = None
+        for old in list(self._incidents)[: max(0, len(self._incidents) - MAX_INCIDENTS)]:
             del self._incidents[old]
-        task = asyncio.create_task(self._write(incident, surplus), name=f"write {incident.id}")
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+            self._unwritten.pop(old, None)
+            self._surplus.append(old)
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write(), name="write incidents")
 
     def get(self, incident_id: str) -> Incident | None:
         return self._incidents.get(incident_id)
@@ -147,17 +151,22 @@ class IncidentStore:
 
     async def flush(self) -> None:
         """Wait for the pending writes."""
-        while self._writes:
-            await asyncio.gather(*self._writes)
+        if self._writer is not None:
+            await self._writer
 
-    async def _write(self, incident: Incident, surplus: Sequence[str]) -> None:
-        try:
-            await asyncio.to_thread(self._write_now, incident, surplus)
-        except OSError as error:
-            log.error("cannot write incident %s: %s", incident.id, error)
+    async def _write(self) -> None:
+        while self._unwritten or self._surplus:
+            surplus, self._surplus = self._surplus, []
+            incidents = [self._incidents[incident_id] for incident_id in self._unwritten]
+            self._unwritten.clear()
+            try:
+                await asyncio.to_thread(self._write_now, incidents, surplus)
+            except Exception as error:
+                log.error("cannot write incidents: %s", error)
 
-    def _write_now(self, incident: Incident, surplus: Sequence[str]) -> None:
+    def _write_now(self, incidents: Sequence[Incident], surplus: Sequence[str]) -> None:
         for old in surplus:
             if _ID.fullmatch(old):
                 (self._folder / f"{old}.json").unlink(missing_ok=True)
-        jsonfile.write(self._folder / f"{incident.id}.json", incident)
+        for incident in incidents:
+            jsonfile.write(self._folder / f"{incident.id}.json", incident)

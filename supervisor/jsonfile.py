@@ -44,10 +44,15 @@ def open_state(
             "%d): it is left as it is, and %s is used instead",
             *(later, found, schema_version, path.name),
         )
-    for stale in path.parent.glob(f"{_temporary_prefix(path)}*"):
+    sweep(path.parent, _temporary_prefix(path))
+    return read(path, kind, schema_version=schema_version), BackgroundWriter(path)
+
+
+def sweep(folder: Path, prefix: str = ".") -> None:
+    """Delete the temporary files that a killed writer left in ``folder``."""
+    for stale in folder.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             stale.unlink()
-    return read(path, kind, schema_version=schema_version), BackgroundWriter(path)
 
 
 def is_later(path: Path, schema_version: int) -> bool:
@@ -58,7 +63,7 @@ def is_later(path: Path, schema_version: int) -> bool:
 def _later_schema(path: Path, schema_version: int) -> int | None:
     try:
         found = msgspec.json.decode(path.read_bytes(), type=_Versioned).schema_version
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return found if found > schema_version else None
 
@@ -105,7 +110,7 @@ def read(path: Path, kind: type[T], *, schema_version: int) -> T | None:
         if found > schema_version:
             raise Unreadable(f"schema version {found}, this program knows {schema_version}")
         return msgspec.json.decode(content, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, Unreadable) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, Unreadable) as error:
         _set_aside(path, error)
         return None
 

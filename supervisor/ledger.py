@@ -47,16 +47,20 @@ class WorkerLedger:
     def sweep(self) -> list[int]:
         """Kill what is left of an earlier supervisor; returns the pids. Call once, first."""
         recorded = self._left.workers if self._left is not None else []
-        left = [worker for worker in recorded if _is_running(worker)]
-        for worker in left:
-            log.warning("killing worker %d, left by an earlier server", worker.pid)
+        swept = []
+        for worker in recorded:
+            if not _is_running(worker):
+                continue
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(worker.pid, signal.SIGKILL)
-        return [worker.pid for worker in left]
+                swept.append(worker.pid)
+                log.warning("killed worker %d, left by an earlier server", worker.pid)
+        return swept
 
     def add(self, pid: int) -> None:
         """A worker was spawned."""
-        with contextlib.suppress(psutil.NoSuchProcess):
+        # Bookkeeping of a net below others: no trouble with it may reach a model.
+        with contextlib.suppress(psutil.Error, OSError):
             self._workers[pid] = _Worker(pid, psutil.Process(pid).create_time())
             self._save()
 
@@ -74,9 +78,9 @@ class WorkerLedger:
 
 
 def _is_running(worker: _Worker) -> bool:
+    """Whether the number is still that process's; a group without its leader is not
+    touched, since the number may be a stranger's by now."""
     try:
-        process = psutil.Process(worker.pid)
-        same = process.create_time() == worker.started_at
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+        return bool(psutil.Process(worker.pid).create_time() == worker.started_at)
+    except (psutil.Error, OSError):
         return False

@@ -1,7 +1,8 @@
 """Whom to stop when memory runs short: the one that grew, before the kernel picks a victim.
 
-Pure. Sizes are bytes. A worker's baseline is what it held when it became
-routable; what it holds beyond that is its own growth, not its weights.
+Pure. Sizes are bytes. A worker's baseline is what it held when it became routable,
+or what its files hold while it loads; what it holds beyond that is its own growth.
+Pressure that comes from outside is nobody's fault here: then nobody is stopped.
 """
 
 from __future__ import annotations
@@ -9,20 +10,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: Growth below either is no growth: caches and scratch buffers come and go.
+MIN_GROWTH_BYTES = 64 * 1024 * 1024
+MIN_GROWTH_FRACTION = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """One worker's memory. ``baseline`` None: still loading; ``limit`` None: none set."""
+    """One worker's memory; ``limit`` None: it has none of its own."""
 
     model_id: str
     generation: int
     size: int
-    baseline: int | None
+    baseline: int
     limit: int | None
 
     @property
     def growth(self) -> int:
-        return self.size - (self.baseline or 0)
+        return self.size - self.baseline
+
+    @property
+    def has_grown(self) -> bool:
+        return self.growth >= max(MIN_GROWTH_BYTES, self.baseline * MIN_GROWTH_FRACTION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +47,9 @@ def judge(footprints: Sequence[Footprint], *, available: int, low_water: int) ->
     """The workers to stop now.
 
     Each one over its own limit; and, while the host has less than ``low_water``
-    available and nobody is stopped already, the one that grew most. Among equals
-    the order of ``footprints`` decides, so that the same figures give the same answer.
+    available and nobody is stopped already, the one that grew most, if any has grown.
+    Among equals the order of ``footprints`` decides, so that the same figures give the
+    same answer.
     """
     verdicts = [
         Verdict(
@@ -50,9 +60,10 @@ def judge(footprints: Sequence[Footprint], *, available: int, low_water: int) ->
         for f in footprints
         if f.limit is not None and f.size > f.limit
     ]
-    if verdicts or available >= low_water or not footprints:
+    grown = [f for f in footprints if f.has_grown]
+    if verdicts or available >= low_water or not grown:
         return verdicts
-    worst = max(footprints, key=lambda f: f.growth)
+    worst = max(grown, key=lambda f: f.growth)
     reason = (
         f"the host has {_show(available)} of memory left (low-water mark {_show(low_water)}), "
         f"and this model grew most: by {_show(worst.growth)} to {_show(worst.size)}"

@@ -122,6 +122,8 @@ class WorkerProcess:
             return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
+        except (psutil.Error, OSError):
+            return False
 
     def dump_stacks(self) -> None:
         """Make the worker print its Python stacks; they appear in ``output_tail``."""

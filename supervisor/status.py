@@ -58,5 +58,5 @@ def resident_gb(pid: int) -> float | None:
     """Resident memory of a process in GB (1e9 bytes); None once it is gone."""
     try:
         return float(psutil.Process(pid).memory_info().rss) / 1e9
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return None

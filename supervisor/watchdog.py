@@ -10,6 +10,11 @@ from collections.abc import Mapping
 
 from protocol.messages import Beat, Phase
 
+#: Phases that never come back; the others alternate. Beats have a socket of their own,
+#: and may be overtaken by a message that tells of the next phase.
+_ORDER = {Phase.STARTING: 0, Phase.LOAD: 1}
+_LATE = 2
+
 
 class Watchdog:
     """Watches one worker generation. Times are seconds on one monotonic clock.
@@ -25,7 +30,9 @@ class Watchdog:
         self._alive_at = now
 
     def observe(self, beat: Beat, now: float) -> None:
-        """Take a beat in."""
+        """Take a beat in; one of a phase that is known to be over tells nothing."""
+        if _ORDER.get(beat.phase, _LATE) < _ORDER.get(self._phase, _LATE):
+            return
         advanced = beat.progress != self._progress or beat.phase is not self._phase
         if advanced or beat.phase is Phase.IDLE:
             self._alive_at = now

@@ -44,7 +44,7 @@ _GROW_INTERVAL_S = 0.05
 _encode = Encoder()
 
 
-def cause(fault: Fault, link: Link) -> None:
+def cause(fault: Fault, link: Link | None) -> None:
     """Do it. Returns only from faults that a process survives."""
     if fault.kind in _SIGNALS:
         os.kill(os.getpid(), _SIGNALS[fault.kind])
@@ -57,8 +57,11 @@ def cause(fault: Fault, link: Link) -> None:
         case FaultKind.HANG:
             threading.Event().wait()
         case FaultKind.HOLD_GIL:
-            # PyDLL, unlike CDLL, does not release the interpreter's lock.
-            ctypes.PyDLL(None).sleep(int(fault.seconds))
+            until = time.monotonic() + fault.seconds
+            while time.monotonic() < until:
+                _doze(until - time.monotonic())
+        case FaultKind.DOZE:
+            _doze(fault.seconds)
         case FaultKind.RAISE:
             raise RuntimeError("simulated backend exception")
         case FaultKind.REFUSE:
@@ -75,9 +78,14 @@ def cause(fault: Fault, link: Link) -> None:
             subprocess.Popen(["sleep", "600"], start_new_session=True)
         case FaultKind.IGNORE_TERM:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        case _:
+        case _ if link is not None:
             for frame in _frames(fault):
                 link.send_frame(frame)
+
+
+def _doze(seconds: float) -> None:
+    # PyDLL, unlike CDLL, does not release the interpreter's lock. A signal ends it.
+    ctypes.PyDLL(None).usleep(min(int(seconds * 1e6), 2**32 - 1))
 
 
 def _exhaust() -> None:
@@ -87,7 +95,7 @@ def _exhaust() -> None:
 
 
 def _grow(size: int) -> None:
-    kept = []
+    kept: list[bytes] = []
     while len(kept) * size < _GROWN_ENOUGH_BYTES:
         # Not zeros, which the kernel would give only when they are touched.
         kept.append(b"x" * size)

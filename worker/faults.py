@@ -39,11 +39,12 @@ class FaultKind(StrEnum):
     """What happens.
 
     To the process: ``stop`` is SIGSTOP, ``hang`` never returns while the process
-    beats on, ``hold_gil`` is a native call that keeps the interpreter's lock,
-    ``raise`` a backend exception, ``exhaust`` an allocation that fails, ``grow``
-    takes ``size`` bytes every 50 ms from now on, ``flood`` writes to stdout and
-    stderr without a line end, ``helper`` starts a process that inherits both,
-    ``ignore_term`` ignores SIGTERM; ``mark`` does nothing but leave its trace.
+    beats on, ``hold_gil`` is native code that keeps the interpreter's lock, ``doze``
+    the same until a signal comes, ``raise`` a backend exception, ``exhaust`` an
+    allocation that fails, ``grow`` takes ``size`` bytes every 50 ms from now on,
+    ``flood`` writes to stdout and stderr without a line end, ``helper`` starts a
+    process that inherits both, ``ignore_term`` ignores SIGTERM; ``mark`` does nothing
+    but leave its trace.
 
     On the wire, instead of or in addition to the message of this point.
     """
@@ -57,6 +58,7 @@ class FaultKind(StrEnum):
     STOP = "stop"
     HANG = "hang"
     HOLD_GIL = "hold_gil"
+    DOZE = "doze"
     RAISE = "raise"
     REFUSE = "refuse"
     EXHAUST = "exhaust"
@@ -85,8 +87,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``prompt_contains`` restricts it to matching prompts, ``times`` to the first
     few occurrences over all generations of the worker; ``code`` is the error
     code of ``refuse``, ``status`` the exit status of ``exit``, ``size`` in bytes
-    that of ``grow`` and ``oversized_frame``, ``seconds`` how long ``hold_gil`` and
-    ``flood`` last.
+    that of ``grow`` and ``oversized_frame``, ``seconds`` how long ``hold_gil``,
+    ``doze`` and ``flood`` last.
     """
 
     at: FaultPoint

@@ -174,6 +174,8 @@ def _spawn_failed(state: State, event: SpawnFailed, now: float) -> Outcome:
     )
     return state, [
         AnswerLoads(ErrorCode.INTERNAL_ERROR, event.reason),
+        # Nobody knows when a process can be made again.
+        FailRequests(ErrorCode.INTERNAL_ERROR, event.reason),
         ScheduleRestart(state.generation, SPAWN_RETRY_S),
     ]
 

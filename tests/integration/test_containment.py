@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.support.server import (
@@ -314,12 +315,35 @@ def test_a_quarantine_survives_the_supervisor(tmp_path: Path) -> None:
         first.load("crasher")
         first.await_state("crasher", "quarantined")
     with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as second:
+        refused = second.chat("crasher")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_unstable")
         answer = second.load("crasher")
         assert answer.json()["error"]["code"] == "model_unstable"
         assert second.model("crasher")["readiness"]["crash_count"] == 3
         # A repaired file is another key.
         model.write_text("{}")
         assert second.load("crasher").status_code == 200
+
+
+def test_what_waits_is_answered_while_no_process_can_be_made(tmp_path: Path) -> None:
+    write_script(tmp_path, "stuck", prefill_delay_s=0.5)
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as server:
+        server.load("stuck")
+        answers: list[int] = []
+        waiting = threading.Thread(target=lambda: answers.append(server.chat("stuck").status_code))
+        waiting.start()
+        for _ in polls():
+            if server.model("stuck")["in_flight"]:
+                break
+        process = psutil.Process(server.process.pid)
+        limits = process.rlimit(psutil.RLIMIT_NOFILE)
+        process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds(), limits[1]))
+        server.kill_worker("stuck")
+        waiting.join(20)
+        assert answers == [500]
+        process.rlimit(psutil.RLIMIT_NOFILE, limits)
+        view = server.await_state("stuck", "routable", generation=2)
+        assert view["readiness"]["crash_count"] == 1
 
 
 @pytest.mark.parametrize("phase", ["serving", "loading"])

@@ -80,6 +80,21 @@ async def test_records_survive_a_restart_newest_first(tmp_path: Path) -> None:
     assert again.get("nothing") is None
 
 
+async def test_the_complete_version_is_the_one_on_disk(tmp_path: Path) -> None:
+    store = IncidentStore(tmp_path)
+    ids = []
+    for _ in range(30):
+        file = case()
+        ids.append(opened(file).id)
+        store.put(file._incident)  # type: ignore[arg-type]
+        last = file.close(-9, "")
+        assert last is not None
+        store.put(last)
+    await store.flush()
+    again = IncidentStore(tmp_path)
+    assert all(again.get(i).exit_status == -9 for i in ids)  # type: ignore[union-attr]
+
+
 async def test_the_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incidents_module, "MAX_INCIDENTS", 3)
     store = IncidentStore(tmp_path)

@@ -45,6 +45,7 @@ def test_an_absent_file_is_no_file(tmp_path: Path) -> None:
         b'{"notes": []}',
         b'{"schema_version": 1, "notes": 3}',
         b'{"schema_version": 2, "notes": []}',
+        b'{"schema_version": 1, "x": ' + b"[" * 100_000,
     ],
 )
 def test_an_unreadable_file_is_set_aside_whole(tmp_path: Path, content: bytes) -> None:

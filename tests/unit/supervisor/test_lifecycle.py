@@ -241,7 +241,7 @@ def test_a_process_that_cannot_be_made_is_tried_again_and_not_counted() -> None:
     machine = admitted()(lc.SpawnFailed(1, "too many open files"))
     assert machine.readiness() is Readiness.LOADING
     assert machine.state.account == Account()
-    assert machine.kinds() == [lc.AnswerLoads, lc.ScheduleRestart]
+    assert machine.kinds() == [lc.AnswerLoads, lc.FailRequests, lc.ScheduleRestart]
     assert machine(lc.RestartDue(1)).commands == [lc.SpawnWorker(2)]
 
 

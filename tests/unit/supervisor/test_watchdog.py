@@ -61,6 +61,17 @@ def test_a_worker_that_never_says_hello_is_hung() -> None:
     assert watchdog.verdict(61.0) is not None
 
 
+def test_a_beat_that_was_overtaken_by_a_message_does_not_turn_the_phase_back() -> None:
+    watchdog = Watchdog(LIMITS, 0.0)
+    watchdog.enter(Phase.LOAD, 1.0)
+    watchdog.observe(Beat(Phase.STARTING, 0, 0), 2.0)
+    phases = [watchdog.phase]
+    watchdog.enter(Phase.IDLE, 3.0)
+    watchdog.observe(Beat(Phase.LOAD, 9, 0), 4.0)
+    phases.append(watchdog.phase)
+    assert phases == [Phase.LOAD, Phase.IDLE]
+
+
 def test_a_phase_told_by_a_message_counts_before_the_first_beat() -> None:
     watchdog = Watchdog(LIMITS, 0.0)
     watchdog.observe(Beat(Phase.LOAD, 1, 0), 0.0)

@@ -1,0 +1,132 @@
+"""Rows, and how they are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+@dataclasses.dataclass
+class Row:
+    """What one fault in one phase did. Times are seconds from the moment it struck.
+
+    ``recovered_s`` is until the ``outcome`` was there: routable again, or the
+    expected end. ``stall_s`` is the bystander's longest pause, ``calm_s`` that of
+    the same bystander when nothing was broken. None: does not apply.
+    """
+
+    fault: str
+    phase: str
+    victim: str = "simulated"
+    detected_s: float | None = None
+    recovered_s: float | None = None
+    outcome: str = ""
+    stall_s: float | None = None
+    calm_s: float | None = None
+    lost: int | None = None
+    orphans: int = 0
+    waiters: int = 0
+    freed_mb: float | None = None
+    breaches: list[str] = dataclasses.field(default_factory=list)
+    skipped: str = ""
+
+    def breach(self, what: str) -> None:
+        self.breaches.append(what)
+
+    @property
+    def name(self) -> str:
+        return f"{self.fault} in {self.phase} ({self.victim})"
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The nearest-rank percentile; NaN of nothing."""
+    if not values:
+        return math.nan
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
+
+
+def summary(rows: Iterable[Row]) -> dict[str, object]:
+    """Percentiles of the times, and the totals of what must be zero."""
+    ran = [row for row in rows if not row.skipped]
+    found: dict[str, object] = {"cases": len(ran), "breached": sum(bool(r.breaches) for r in ran)}
+    for name in ("detected_s", "recovered_s", "stall_s", "calm_s"):
+        values = [value for row in ran if (value := getattr(row, name)) is not None]
+        found[name] = {
+            "p50": percentile(values, 50),
+            "p95": percentile(values, 95),
+            "max": max(values, default=math.nan),
+        }
+    for name in ("lost", "orphans", "waiters"):
+        found[name] = sum(getattr(row, name) or 0 for row in ran)
+    return found
+
+
+_HEAD = (
+    *("fault", "phase", "victim", "detected", "recovered", "outcome"),
+    *("stall", "calm", "lost", "orph", "wait", "freed MB", ""),
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A table to read, with a line per breach below it."""
+    lines = [_HEAD, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
+    numeric = {3, 4, 6, 7, 8, 9, 10, 11}
+    text = [
+        "  ".join(
+            cell.rjust(width) if column in numeric else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    text.insert(1, "-" * max(map(len, text)))
+    text += [f"BREACH {row.name}: {breach}" for row in rows for breach in row.breaches]
+    return "\n".join([*text, "", _summary_text(rows)])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    mark = "skipped" if row.skipped else "BREACH" if row.breaches else "ok"
+    return (
+        *(row.fault, row.phase, row.victim),
+        *(_seconds(row.detected_s), _seconds(row.recovered_s), row.skipped or row.outcome),
+        *(_seconds(row.stall_s), _seconds(row.calm_s), _count(row.lost)),
+        *("" if row.skipped else str(n) for n in (row.orphans, row.waiters)),
+        *("" if row.freed_mb is None else f"{row.freed_mb:.0f}", mark),
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _summary_text(rows: Sequence[Row]) -> str:
+    found = summary(rows)
+    lines = [f"{'seconds':12}{'p50':>9}{'p95':>9}{'max':>9}"]
+    for name, title in (
+        ("detected_s", "detected"),
+        ("recovered_s", "recovered"),
+        ("stall_s", "stall"),
+        ("calm_s", "calm"),
+    ):
+        numbers = found[name]
+        assert isinstance(numbers, dict)
+        lines.append(f"{title:12}" + "".join(f"{number:9.3f}" for number in numbers.values()))
+    lines.append(
+        f"{found['cases']} cases, {found['breached']} breached; bystander tokens lost "
+        f"{found['lost']}, orphans {found['orphans']}, waiters left {found['waiters']}"
+    )
+    return "\n".join(lines)
+
+
+def write_json(path: Path, rows: Sequence[Row]) -> None:
+    content = {"summary": summary(rows), "rows": [dataclasses.asdict(row) for row in rows]}
+    # NaN is not JSON.
+    text = json.dumps(content, indent=1).replace("NaN", "null")
+    path.write_text(text + "\n")
