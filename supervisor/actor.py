@@ -354,11 +354,12 @@ class Actor:
                 settings=settings,
                 case=case,
                 zmq_context=self._services.zmq_context,
-                socket_folder=self._services.socket_folder,
+                socket_folder=self._services.sockets.path,
                 requests=self._requests,
                 post=self._inbox.put_nowait,
             )
         except (OSError, zmq.ZMQError) as error:
+            self._services.sockets.renew()
             reason = f"no worker could be started: {error}"
             self._inbox.put_nowait(lifecycle.SpawnFailed(number, reason))
             return

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import zmq
@@ -29,6 +29,10 @@ MAX_SOCKET_PATH = 103
 _FOLDER_PREFIX = "run-"
 #: Room for a socket's name, and for the suffix that zmq gives it while it binds.
 _NAME_BYTES = 32
+
+#: A message of this protocol is a few kB; a larger one is none. Checked before it is
+#: decoded; zmq's own limit, which only drops the connection, is the net below.
+MAX_FRAME_BYTES = 16 * 1024 * 1024
 
 #: Frames handled before other work of the event loop gets a turn.
 FRAMES_PER_TURN = 256
@@ -104,6 +108,7 @@ class Channel:
     def _bind(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self._sockets.append((socket, path))
+        socket.setsockopt(zmq.MAXMSGSIZE, 4 * MAX_FRAME_BYTES)
         socket.bind(f"ipc://{path}")
         self._loop.add_reader(int(socket.getsockopt(zmq.FD)), self._on_readable, socket)
         # Something may have arrived before the reader was there.
@@ -123,6 +128,9 @@ class Channel:
                 frame = socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return False
+            if len(frame) > MAX_FRAME_BYTES:
+                self._on_violation(f"a message of {len(frame)} bytes")
+                continue
             try:
                 message = self._decode(frame)
             except CodecError as error:
@@ -142,15 +150,36 @@ def _endpoint(socket: zmq.Socket[bytes]) -> str:
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def make_socket_folder(home: Path) -> tempfile.TemporaryDirectory[str]:
+class SocketFolder:
     """A folder only this user can enter, with a name short enough for a socket.
 
     In ``home``, whose lock the caller holds, where it fits: what a killed
-    supervisor left there is then swept away here.
+    supervisor left there is then swept away here. Raises ``OSError``.
     """
-    for stale in home.glob(f"{_FOLDER_PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    for parent in (home, None, Path("/tmp")):
+
+    def __init__(self, home: Path) -> None:
+        for stale in home.glob(f"{_FOLDER_PREFIX}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        self._folders = [_make_folder((home, None, Path("/tmp")))]
+
+    @property
+    def path(self) -> Path:
+        return Path(self._folders[-1].name)
+
+    def renew(self) -> None:
+        """Move out of the home, which may have become read-only or full."""
+        with contextlib.suppress(OSError):
+            self._folders.append(_make_folder((None, Path("/tmp"))))
+
+    def cleanup(self) -> None:
+        for folder in self._folders:
+            with contextlib.suppress(OSError):
+                folder.cleanup()
+
+
+def _make_folder(parents: Sequence[Path | None]) -> tempfile.TemporaryDirectory[str]:
+    """In the first of ``parents`` that takes one; None is the system's choice."""
+    for parent in parents:
         try:
             folder = tempfile.TemporaryDirectory(
                 prefix=_FOLDER_PREFIX, dir=parent, ignore_cleanup_errors=True

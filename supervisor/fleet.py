@@ -17,7 +17,7 @@ from protocol.messages import Generate
 from supervisor.accounts import AccountStore
 from supervisor.actor import Actor
 from supervisor.admission import BlockRule
-from supervisor.channel import make_socket_folder
+from supervisor.channel import SocketFolder
 from supervisor.compatibility import Record, recommendations
 from supervisor.footprint import available_bytes, footprint_bytes
 from supervisor.gate import Gate, LoadSpec, ModelSpec
@@ -26,6 +26,7 @@ from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Readiness
 from supervisor.memory import judge
 from supervisor.metrics import Metrics
+from supervisor.process import home_mark, kill_marked
 from supervisor.quarantine import FailureKind, Policy, release
 from supervisor.registry import Registry
 from supervisor.regressions import regressions
@@ -67,9 +68,11 @@ class Fleet:
         self._incidents = IncidentStore(settings.home)
         self._ledger = WorkerLedger(settings.home)
         self._ledger.sweep()
+        # Nobody else runs workers of this home: its lock is ours.
+        kill_marked(home_mark(settings.home))
         self._gate = Gate(settings, self._registry, blocklist)
         self._zmq_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket_folder = make_socket_folder(settings.home)
+        self._sockets = SocketFolder(settings.home)
         self._services = Services(
             settings=settings,
             policy=Policy(
@@ -85,7 +88,7 @@ class Fleet:
             ledger=self._ledger,
             metrics=metrics,
             zmq_context=self._zmq_context,
-            socket_folder=Path(self._socket_folder.name),
+            sockets=self._sockets,
         )
         self._actors: dict[str, Actor] = {}
         #: Ids whose loads are being looked at, with their number.
@@ -238,7 +241,7 @@ class Fleet:
         await self._ledger.flush()
         # Not ``term``, which would wait for ever for a socket that was forgotten.
         self._zmq_context.destroy(linger=0)
-        self._socket_folder.cleanup()
+        self._sockets.cleanup()
 
     def _actor(self, model_id: str) -> Actor:
         actor = self._actors.get(model_id)

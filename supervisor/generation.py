@@ -42,7 +42,7 @@ from supervisor.casefile import CaseFile
 from supervisor.channel import Channel, ChannelClosed, ChannelFull
 from supervisor.footprint import oom_kills
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
-from supervisor.process import WorkerProcess
+from supervisor.process import WorkerProcess, home_mark, kill_marked
 from supervisor.quarantine import FailureKind
 from supervisor.requests import Delivery, RequestTable
 from supervisor.settings import Settings
@@ -94,6 +94,7 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._greeted = False
         self._stopping = False
+        self._condemned = False
         self._explained = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
@@ -118,7 +119,13 @@ class Generation:
                 death_fd=death_read,
                 beat_interval_s=settings.beat_interval_s,
             )
-            self._process = WorkerProcess(self._boot, death_read, on_exit=self._on_exit, name=name)
+            self._process = WorkerProcess(
+                self._boot,
+                death_read,
+                on_exit=self._on_exit,
+                name=name,
+                mark=home_mark(settings.home) + self._boot.nonce,
+            )
             undo.pop_all()
         now = time.monotonic()
         self._watchdog = Watchdog(
@@ -155,6 +162,7 @@ class Generation:
         """Bring the process down in the background; ``WorkerExited`` is posted at its end."""
         self._watch_timer.cancel()
         self._stopping = True
+        self._condemned = self._condemned or broken
         self.case.note("told to stop" if not broken else "being killed")
         if not broken:
             self.send(Shutdown())
@@ -163,6 +171,9 @@ class Generation:
     # --- what the worker says ---
 
     def _on_message(self, message: FromWorker) -> None:
+        if self._condemned:
+            # Its requests may be running elsewhere by now: nothing it says counts.
+            return
         if type(message) is Step:
             self._requests.deliver(message.deltas)
             return
@@ -234,6 +245,7 @@ class Generation:
         if (reason := self._watchdog.verdict(now)) is not None:
             loading = self._watchdog.phase in {Phase.STARTING, Phase.LOAD}
             kind = FailureKind.LOAD_TIMEOUT if loading else FailureKind.HANG
+            self._condemned = True
             self._start(self._fail_hung(kind, reason))
             return
         self._watch_timer = self._loop.call_later(WATCH_INTERVAL_S, self._watch)
@@ -264,6 +276,7 @@ class Generation:
         finally:
             # Whatever went wrong in looking at it: the death itself has to be told.
             self._post(WorkerExited(self.number, kind, reason, random.random()))
+        await asyncio.to_thread(kill_marked, self._process.mark)
 
     async def _hear_last_words(self) -> None:
         """Read what the worker still said; wait for it where it explains the exit."""

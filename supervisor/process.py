@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -23,6 +25,9 @@ from supervisor.quarantine import FailureKind
 
 log = logging.getLogger(__name__)
 
+#: Carried by a worker and everything it starts.
+MARK_ENV = "OPTA_LMX_WORKER_MARK"
+
 #: Between SIGTERM and SIGKILL for a worker from which nothing is expected.
 BROKEN_GRACE_S = 1.0
 
@@ -30,11 +35,38 @@ BROKEN_GRACE_S = 1.0
 OUTPUT_TAIL_BYTES = 64 * 1024
 
 
-def _environment(boot: WorkerBoot) -> dict[str, str]:
+def home_mark(home: Path) -> str:
+    """What the mark of every worker of this home begins with."""
+    return hashlib.sha256(os.fsencode(home)).hexdigest()[:16] + ":"
+
+
+def kill_marked(prefix: str) -> list[int]:
+    """Kill the processes whose mark begins so; returns their pids. Takes some milliseconds.
+
+    The mark is in the environment that a worker's helpers inherit, so that also those
+    which left its process group are found, and nobody else's process ever is.
+    """
+    killed = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK_ENV, "").startswith(prefix):
+                process.kill()
+                killed.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return killed
+
+
+def _environment(boot: WorkerBoot, mark: str) -> dict[str, str]:
     # Our own settings stay here: among them are the keys of the HTTP surface.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("OPTA_LMX_")}
     # A worker loads what is on disk; it never asks a hub.
-    return {**inherited, "HF_HUB_OFFLINE": "1", BOOT_ENV: encode_boot(boot)}
+    return {
+        **inherited,
+        "HF_HUB_OFFLINE": "1",
+        MARK_ENV: mark,
+        BOOT_ENV: encode_boot(boot),
+    }
 
 
 class WorkerProcess:
@@ -45,8 +77,15 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, boot: WorkerBoot, death_fd: int, *, on_exit: Callable[[], None], name: str
+        self,
+        boot: WorkerBoot,
+        death_fd: int,
+        *,
+        on_exit: Callable[[], None],
+        name: str,
+        mark: str,
     ) -> None:
+        self.mark = mark
         self._loop = asyncio.get_running_loop()
         self._on_exit = on_exit
         self._name = name
@@ -61,7 +100,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output_write,
                 stderr=output_write,
-                env=_environment(boot),
+                env=_environment(boot, mark),
                 pass_fds=(death_fd,),
                 start_new_session=True,
             )
@@ -110,11 +149,18 @@ class WorkerProcess:
         if not broken and await self._wait(grace_s):
             return
         if not self._exited.is_set():
-            self._signal(signal.SIGTERM)
+            self._signal(signal.SIGKILL if broken and self._is_stopped() else signal.SIGTERM)
         if await self._wait(min(grace_s, BROKEN_GRACE_S) if broken else grace_s):
             return
         self._signal(signal.SIGKILL)
         await self._exited.wait()
+
+    def _is_stopped(self) -> bool:
+        """Whether a SIGTERM would only wait for the process to be continued."""
+        try:
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
+        except (psutil.Error, OSError):
+            return False
 
     def is_dead(self) -> bool:
         """Whether the process has ended, also before ``on_exit`` told so."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import zmq
 
 from supervisor.accounts import AccountStore
+from supervisor.channel import SocketFolder
 from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.metrics import Metrics
@@ -29,4 +29,4 @@ class Services:
     ledger: WorkerLedger
     metrics: Metrics
     zmq_context: zmq.Context[zmq.Socket[bytes]]
-    socket_folder: Path
+    sockets: SocketFolder
