@@ -44,9 +44,11 @@ class FromWorkerDecoder:
     """Decodes what a worker sends. Raises ``CodecError``."""
 
     def __init__(self) -> None:
-        self._decode: Callable[[bytes], FromWorker] = msgspec.msgpack.Decoder(FromWorker).decode
+        self._decode: Callable[[bytes | memoryview], FromWorker] = msgspec.msgpack.Decoder(
+            FromWorker
+        ).decode
 
-    def __call__(self, frame: bytes) -> FromWorker:
+    def __call__(self, frame: bytes | memoryview) -> FromWorker:
         try:
             return self._decode(frame)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:

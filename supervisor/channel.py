@@ -31,8 +31,10 @@ _FOLDER_PREFIX = "run-"
 _NAME_BYTES = 32
 
 #: A message of this protocol is a few kB; a larger one is none. Checked before it is
-#: decoded; zmq's own limit, which only drops the connection, is the net below.
+#: decoded. zmq's own limit is no way to find out: it drops the connection in silence.
 MAX_FRAME_BYTES = 16 * 1024 * 1024
+#: The net below, for this process's memory.
+MAX_RECEIVED_BYTES = 1024 * 1024 * 1024
 
 #: Frames handled before other work of the event loop gets a turn.
 FRAMES_PER_TURN = 256
@@ -108,7 +110,7 @@ class Channel:
     def _bind(self, context: zmq.Context[zmq.Socket[bytes]], path: Path) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self._sockets.append((socket, path))
-        socket.setsockopt(zmq.MAXMSGSIZE, 4 * MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_RECEIVED_BYTES)
         socket.bind(f"ipc://{path}")
         self._loop.add_reader(int(socket.getsockopt(zmq.FD)), self._on_readable, socket)
         # Something may have arrived before the reader was there.
@@ -125,14 +127,16 @@ class Channel:
             if socket.closed:
                 return False
             try:
-                frame = socket.recv(zmq.NOBLOCK)
+                # Not copied before its size is known: 0.7 µs, against a stall of
+                # everyone by a frame of hundreds of MB.
+                frame = socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return False
             if len(frame) > MAX_FRAME_BYTES:
                 self._on_violation(f"a message of {len(frame)} bytes")
                 continue
             try:
-                message = self._decode(frame)
+                message = self._decode(frame.buffer)
             except CodecError as error:
                 self._on_violation(f"not a message of this protocol: {error}")
                 continue
