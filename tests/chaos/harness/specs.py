@@ -237,7 +237,8 @@ FAULTS = [
         "oversized frame",
         acts=acts("oversized_frame", size=256 * 1024**2),
         quick=(Phase.DECODE,),
-        **WIRE,
+        # It takes its time to cross.
+        **{**WIRE, "within_s": 4.0},
     ),
     FaultSpec(
         "late frames",

@@ -10,7 +10,7 @@ import os
 import shlex
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -98,9 +98,17 @@ async def test_disconnect_of_a_real_client(serve: Serve, fleet: FakeFleet) -> No
             await submitted.cancellation.wait()
 
 
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Whoever runs the tests may ignore SIGHUP, as nohup does; the server then would, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_signal_lets_a_stream_finish(
-    fleet: FakeFleet, tmp_path: Path, signum: signal.Signals
+    fleet: FakeFleet, tmp_path: Path, signum: signal.Signals, default_signals: None
 ) -> None:
     fleet.script = None
     settings = Settings(home=tmp_path, port=0, shutdown_grace_s=60)
