@@ -19,7 +19,7 @@ from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.channel import SocketFolder
 from supervisor.compatibility import Record, recommendations
-from supervisor.footprint import available_bytes, footprint_bytes
+from supervisor.footprint import FootprintMeter, available_bytes
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.incidents import Fingerprints, Incident, IncidentStore
 from supervisor.ledger import WorkerLedger
@@ -343,13 +343,18 @@ class Fleet:
 
     async def _watch_memory(self) -> None:
         settings = self._services.settings
+        meter = FootprintMeter()
+
+        def look(pids: list[int]) -> tuple[dict[int, int], int]:
+            return meter.measure(pids), available_bytes()
+
         while True:
             started = time.monotonic()
             workers = [(a, a.worker) for a in self._actors.values()]
             pids = {worker[1]: (actor, worker[0]) for actor, worker in workers if worker}
             if pids:
                 try:
-                    sizes, available = await asyncio.to_thread(_measure, list(pids))
+                    sizes, available = await asyncio.to_thread(look, list(pids))
                     self._judge_memory(
                         [(*pids[pid], size) for pid, size in sizes.items()], available
                     )
@@ -390,12 +395,6 @@ class Fleet:
                 self._on_autoload(spec.model_id, failure)
             except OSError as error:
                 log.warning("cannot report on %s: %s", spec.model_id, error)
-
-
-def _measure(pids: Sequence[int]) -> tuple[dict[int, int], int]:
-    """Footprints of those processes that are still there, and what the host has left."""
-    sizes = {pid: footprint_bytes(pid) for pid in pids}
-    return {pid: size for pid, size in sizes.items() if size is not None}, available_bytes()
 
 
 def _is_leaving(actor: Actor) -> bool:
