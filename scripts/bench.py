@@ -10,10 +10,10 @@ the first token to the last; CPU time is that of the processes that serve.
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +26,9 @@ from pathlib import Path
 
 import psutil
 from demo_model import demo_model
+
+#: What the last chunk of an answer has, wherever the packets are cut.
+_END = b'finish_reason":"length'
 
 PROMPT = "Tell me a long story about a lighthouse keeper and the sea."
 
@@ -163,21 +166,22 @@ class _Stack(_Measure):
         }
         self._seed += 1
         worker, gateway = _cpu_s(self._worker), _cpu_s(self._supervisor)
-        connection = http.client.HTTPConnection("127.0.0.1", self._port)
-        started = time.monotonic()
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise SystemExit(answer.read().decode())
         first = ended = 0.0
-        # The client does as little as it can: it shares the cores with the server.
-        while data := answer.read1(65536):
-            if not first and b'"content":"' in data and b'"role"' not in data:
-                first = time.monotonic()
-            if b'finish_reason":"length' in data:
-                ended = time.monotonic()
-        connection.close()
+        with socket.create_connection(("127.0.0.1", self._port), timeout=120) as connection:
+            started = time.monotonic()
+            connection.sendall(_request(json.dumps(body).encode()))
+            # The client does as little as it can: it shares the cores with the server.
+            tail = b""
+            while data := connection.recv(65536):
+                data = tail + data
+                tail = data[-len(_END) :]
+                if not first and b'"content":"' in data and b'"role"' not in data:
+                    first = time.monotonic()
+                if _END in data:
+                    ended = time.monotonic()
+                    break
+        if not ended:
+            raise SystemExit("the server gave no whole answer")
         gateway = _cpu_s(self._supervisor) - gateway
         return Sample(
             tokens=self._tokens,
@@ -204,6 +208,14 @@ def _server(arguments: argparse.Namespace, model: Path) -> Iterator[_Measure]:
                 raise SystemExit("the server did not get ready")
             yield _Stack(port, process.pid, arguments.tokens)
             process.terminate()
+
+
+def _request(body: bytes) -> bytes:
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 def _cpu_s(process: psutil.Process) -> float:
