@@ -19,15 +19,14 @@ from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.channel import SocketFolder
 from supervisor.compatibility import Record, recommendations
-from supervisor.footprint import FootprintMeter, available_bytes
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.incidents import Fingerprints, Incident, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Readiness
-from supervisor.memory import judge
+from supervisor.memory_watch import MemoryWatch
 from supervisor.metrics import Metrics
 from supervisor.process import home_mark, kill_marked
-from supervisor.quarantine import FailureKind, Policy, release
+from supervisor.quarantine import Policy, release
 from supervisor.registry import Registry
 from supervisor.regressions import regressions
 from supervisor.services import Services
@@ -214,7 +213,13 @@ class Fleet:
         """Begin loading the configured models, one after the other, in the background."""
         self._at_gate.update(spec.model_id for spec in self._gate.configured)
         self._autoload = asyncio.create_task(self._load_configured(), name="autoload")
-        self._memory_watch = asyncio.create_task(self._watch_memory(), name="memory watch")
+        settings = self._services.settings
+        watch = MemoryWatch(
+            self._actors,
+            interval_s=settings.memory_interval_s,
+            low_water=settings.memory_low_water_bytes,
+        )
+        self._memory_watch = asyncio.create_task(watch.run(), name="memory watch")
 
     async def stop(self) -> None:
         """Stop every worker; answers everyone who waits. Every call waits for the end,
@@ -340,44 +345,6 @@ class Fleet:
         if _rests(actor):
             raise unstable(model_id, actor.state.reason)
         return actor
-
-    async def _watch_memory(self) -> None:
-        settings = self._services.settings
-        meter = FootprintMeter()
-
-        def look(pids: list[int]) -> tuple[dict[int, int], int]:
-            return meter.measure(pids), available_bytes()
-
-        while True:
-            started = time.monotonic()
-            workers = [(a, a.worker) for a in self._actors.values()]
-            pids = {worker[1]: (actor, worker[0]) for actor, worker in workers if worker}
-            if pids:
-                try:
-                    sizes, available = await asyncio.to_thread(look, list(pids))
-                    self._judge_memory(
-                        [(*pids[pid], size) for pid, size in sizes.items()], available
-                    )
-                except Exception:
-                    # Without this watch the rest still works, and the next look may too.
-                    log.exception("memory could not be looked at")
-            # Looking at a large process takes its time: never more than a twentieth of it.
-            took = time.monotonic() - started
-            await asyncio.sleep(max(settings.memory_interval_s, 20 * took))
-
-    def _judge_memory(self, sizes: list[tuple[Actor, int, int]], available: int) -> None:
-        dying = any(actor.dying for actor in self._actors.values())
-        footprints = [
-            footprint
-            for actor, generation, size in sizes
-            if (footprint := actor.footprint(generation, size)) is not None and not actor.dying
-        ]
-        # What is being stopped already is about to give its memory back.
-        low_water = 0 if dying else self._services.settings.memory_low_water_bytes
-        for verdict in judge(footprints, available=available, low_water=low_water):
-            actor = self._actors.get(verdict.model_id)
-            if actor is not None:
-                actor.fail(verdict.generation, FailureKind.MEMORY, verdict.reason)
 
     async def _load_configured(self) -> None:
         for spec in self._gate.configured:

@@ -62,6 +62,7 @@ LEAVES_MAY_IMPORT = {
 EVERYONE_MAY_IMPORT = {"settings", "views"}
 NOT_LEAVES = {
     "recorder",
+    "memory_watch",
     "services",
     "gate",
     "generation",
@@ -137,7 +138,7 @@ def test_leaves_do_not_import_each_other(path: Path) -> None:
 
 
 def test_nothing_below_imports_what_is_above() -> None:
-    order = ["gate", "generation", "actor", "fleet", "gateway", "main", "cli"]
+    order = ["gate", "generation", "actor", "memory_watch", "fleet", "gateway", "main", "cli"]
     for level, name in enumerate(order):
         files = [ROOT / "supervisor" / f"{name}.py"]
         if name == "gateway":

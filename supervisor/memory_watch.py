@@ -1,0 +1,66 @@
+"""Looks at the memory of all workers now and then, and condemns the one that has to go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+from supervisor.actor import Actor
+from supervisor.footprint import FootprintMeter, available_bytes
+from supervisor.memory import judge
+from supervisor.quarantine import FailureKind
+
+log = logging.getLogger(__name__)
+
+
+class MemoryWatch:
+    """Watches the actors in ``actors``, which its owner changes. Sizes are bytes.
+
+    ``interval_s`` lies between two looks at least; while the host has less than
+    ``low_water`` available, the worker that grew is stopped.
+    """
+
+    def __init__(self, actors: Mapping[str, Actor], *, interval_s: float, low_water: int) -> None:
+        self._actors = actors
+        self._interval_s = interval_s
+        self._low_water = low_water
+        self._meter = FootprintMeter()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            started = time.monotonic()
+            try:
+                await self._look()
+            except Exception:
+                # Without this watch the rest still works, and the next look may too.
+                log.exception("memory could not be looked at")
+            # Looking at a large process takes its time: never more than a twentieth of it.
+            took = time.monotonic() - started
+            await asyncio.sleep(max(self._interval_s, 20 * took))
+
+    async def _look(self) -> None:
+        workers = [(actor, actor.worker) for actor in self._actors.values()]
+        pids = {worker[1]: (actor, worker[0]) for actor, worker in workers if worker}
+        if pids:
+            sizes, available = await asyncio.to_thread(self._measure, list(pids))
+            self._judge([(*pids[pid], size) for pid, size in sizes.items()], available)
+
+    def _measure(self, pids: Sequence[int]) -> tuple[dict[int, int], int]:
+        return self._meter.measure(pids), available_bytes()
+
+    def _judge(self, sizes: Sequence[tuple[Actor, int, int]], available: int) -> None:
+        dying = any(actor.dying for actor in self._actors.values())
+        footprints = [
+            footprint
+            for actor, generation, size in sizes
+            if (footprint := actor.footprint(generation, size)) is not None and not actor.dying
+        ]
+        # What is being stopped already is about to give its memory back.
+        low_water = 0 if dying else self._low_water
+        for verdict in judge(footprints, available=available, low_water=low_water):
+            actor = self._actors.get(verdict.model_id)
+            if actor is not None:
+                actor.fail(verdict.generation, FailureKind.MEMORY, verdict.reason)
