@@ -352,6 +352,7 @@ class Actor:
                 backend=self.spec.backend,
                 backend_version=self.spec.backend_version,
                 settings=settings,
+                server_mark=self._services.server_mark,
                 case=case,
                 zmq_context=self._services.zmq_context,
                 socket_folder=self._services.sockets.path,

@@ -23,9 +23,9 @@ from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.incidents import Fingerprints, Incident, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Readiness
+from supervisor.marks import Janitor, home_mark, kill_marked, server_mark
 from supervisor.memory_watch import MemoryWatch
 from supervisor.metrics import Metrics
-from supervisor.process import home_mark, kill_marked
 from supervisor.quarantine import Policy, release
 from supervisor.registry import Registry
 from supervisor.regressions import regressions
@@ -88,7 +88,9 @@ class Fleet:
             metrics=metrics,
             zmq_context=self._zmq_context,
             sockets=self._sockets,
+            server_mark=server_mark(settings.home),
         )
+        self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
         #: Ids whose loads are being looked at, with their number.
         self._at_gate: Counter[str] = Counter()
@@ -211,6 +213,7 @@ class Fleet:
 
     async def start(self) -> None:
         """Begin loading the configured models, one after the other, in the background."""
+        self._janitor = Janitor(self._services.server_mark)
         self._at_gate.update(spec.model_id for spec in self._gate.configured)
         self._autoload = asyncio.create_task(self._load_configured(), name="autoload")
         settings = self._services.settings
@@ -234,19 +237,21 @@ class Fleet:
         for task in (self._autoload, self._memory_watch):
             if task is not None:
                 task.cancel()
-        for actor in list(self._actors.values()):
-            actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-        for actor in list(self._actors.values()):
-            while actor.tracked and actor.state.unloading:
-                await actor.changed()
-            await actor.close()
-        await self._registry.flush()
-        await self._accounts.flush()
-        await self._incidents.flush()
-        await self._ledger.flush()
-        # Not ``term``, which would wait for ever for a socket that was forgotten.
-        self._zmq_context.destroy(linger=0)
-        self._sockets.cleanup()
+        try:
+            for actor in list(self._actors.values()):
+                actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+            for actor in list(self._actors.values()):
+                while actor.tracked and actor.state.unloading:
+                    await actor.changed()
+                await actor.close()
+            if self._janitor is not None:
+                self._janitor.dismiss()
+            for store in (self._registry, self._accounts, self._incidents, self._ledger):
+                await store.flush()
+        finally:
+            # Not ``term``, which would wait for ever for a socket that was forgotten.
+            self._zmq_context.destroy(linger=0)
+            self._sockets.cleanup()
 
     def _actor(self, model_id: str) -> Actor:
         actor = self._actors.get(model_id)

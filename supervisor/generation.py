@@ -42,7 +42,8 @@ from supervisor.casefile import CaseFile
 from supervisor.channel import Channel, ChannelClosed, ChannelFull
 from supervisor.footprint import oom_kills
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
-from supervisor.process import WorkerProcess, home_mark, kill_marked
+from supervisor.marks import kill_marked
+from supervisor.process import WorkerProcess
 from supervisor.quarantine import FailureKind
 from supervisor.requests import Delivery, RequestTable
 from supervisor.settings import Settings
@@ -63,6 +64,8 @@ STACK_DUMP_S = 0.2
 class Generation:
     """A live worker. ``post`` takes lifecycle events; all on the event loop.
 
+    ``server_mark`` is what ``marks.server_mark`` gave for this run of the server.
+
     Raises ``OSError`` or ``zmq.ZMQError`` when the process or its sockets cannot be made.
     """
 
@@ -75,6 +78,7 @@ class Generation:
         backend: str,
         backend_version: str,
         settings: Settings,
+        server_mark: str,
         case: CaseFile,
         zmq_context: zmq.Context[zmq.Socket[bytes]],
         socket_folder: Path,
@@ -124,7 +128,7 @@ class Generation:
                 death_read,
                 on_exit=self._on_exit,
                 name=name,
-                mark=home_mark(settings.home) + self._boot.nonce,
+                mark=server_mark + self._boot.nonce,
             )
             undo.pop_all()
         now = time.monotonic()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import signal
@@ -16,17 +15,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 
 from protocol.handshake import BOOT_ENV, WorkerBoot, encode_boot
+from supervisor.marks import MARK_ENV, own_environment
 from supervisor.quarantine import FailureKind
 
 log = logging.getLogger(__name__)
-
-#: Carried by a worker and everything it starts.
-MARK_ENV = "OPTA_LMX_WORKER_MARK"
 
 #: Between SIGTERM and SIGKILL for a worker from which nothing is expected.
 BROKEN_GRACE_S = 1.0
@@ -35,34 +31,10 @@ BROKEN_GRACE_S = 1.0
 OUTPUT_TAIL_BYTES = 64 * 1024
 
 
-def home_mark(home: Path) -> str:
-    """What the mark of every worker of this home begins with."""
-    return hashlib.sha256(os.fsencode(home)).hexdigest()[:16] + ":"
-
-
-def kill_marked(prefix: str) -> list[int]:
-    """Kill the processes whose mark begins so; returns their pids. Takes some milliseconds.
-
-    The mark is in the environment that a worker's helpers inherit, so that also those
-    which left its process group are found, and nobody else's process ever is.
-    """
-    killed = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK_ENV, "").startswith(prefix):
-                process.kill()
-                killed.append(process.pid)
-        except (psutil.Error, OSError):
-            continue
-    return killed
-
-
 def _environment(boot: WorkerBoot, mark: str) -> dict[str, str]:
-    # Our own settings stay here: among them are the keys of the HTTP surface.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("OPTA_LMX_")}
     # A worker loads what is on disk; it never asks a hub.
     return {
-        **inherited,
+        **own_environment(),
         "HF_HUB_OFFLINE": "1",
         MARK_ENV: mark,
         BOOT_ENV: encode_boot(boot),

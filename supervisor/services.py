@@ -30,3 +30,4 @@ class Services:
     metrics: Metrics
     zmq_context: zmq.Context[zmq.Socket[bytes]]
     sockets: SocketFolder
+    server_mark: str

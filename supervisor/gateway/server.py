@@ -145,6 +145,14 @@ class Server(uvicorn.Server):
         self._grace_s = grace_s
         self.exit_asked = asyncio.Event()
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().serve(sockets)
+        finally:
+            # After a fault of ours there was no shutdown. The process has to end, for
+            # a service manager to start it anew, and its sockets would keep it.
+            await self._fleet.stop()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         # uvicorn's own raises the signal again afterwards: the process would die

@@ -1,15 +1,18 @@
 """The supervisor as a process: what it imports, how it starts and how it ends."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.support.server import serve, start, write_script
+from supervisor.marks import MARK_ENV, home_mark
+from tests.support.server import polls, serve, start, write_script
 
 HEAVY = {"mlx", "mlx_lm", "llama_cpp", "transformers", "numpy", "torch", "tokenizers", "jinja2"}
 
@@ -79,3 +82,56 @@ def test_a_home_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
         server.await_state("model", "routable", generation=2)
         assert server.http.get("/admin/incidents").json()["count"] == 1
         assert server.chat("model").status_code == 200
+
+
+def test_nothing_outlives_a_killed_supervisor_not_even_a_workers_detached_helper(
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "home"
+    write_script(
+        tmp_path, "model", repeat=True, faults=[{"at": "token", "n": 1, "kind": "detached_helper"}]
+    )
+    with serve(home, "--models-dir", str(tmp_path)) as server:
+        server.load("model")
+        for _ in polls():
+            if len(_marked(home)) >= 2:
+                break
+        server.stop(signal.SIGKILL)
+        for _ in polls(10):
+            if not _marked(home):
+                return
+        raise AssertionError(f"still there: {_marked(home)}")
+
+
+def _marked(home: Path) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK_ENV, "").startswith(home_mark(home)):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_fault_of_the_supervisor_itself_is_a_failure_to_its_service_manager(
+    tmp_path: Path,
+) -> None:
+    """Restart=on-failure has to see it, and no worker may be left."""
+    program = (
+        "import asyncio, supervisor.gateway.server as server\n"
+        "async def broken(self):\n"
+        "    await asyncio.wait_for(self.exit_asked.wait(), 2)\n"
+        "server.Server.main_loop = broken\n"
+        "from supervisor.cli import main\n"
+        "main()\n"
+    )
+    model = write_script(tmp_path, "model")
+    home = tmp_path / "home"
+    command = [sys.executable, "-c", program, "serve", "--port", "0", "--home", str(home)]
+    command += ["--enable-simulated", "--model", str(model)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**os.environ}, check=False
+    )
+    assert done.returncode not in {0, 2}, done.stderr
+    assert not _marked(home)

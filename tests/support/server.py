@@ -1,5 +1,6 @@
 """A real server in a process of its own, as an operator starts it."""
 
+import contextlib
 import json
 import os
 import re
@@ -111,7 +112,13 @@ class Server:
         return pid
 
     def workers(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        """The workers, and what they have started; not the janitor."""
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.cmdline()[-1:] == ["worker"]:
+                    found += [child, *child.children(recursive=True)]
+        return found
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait; returns the exit status."""

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.chaos.harness.observe import Bystander, Sighting, Watcher
-from tests.chaos.harness.report import Row
+from tests.chaos.harness.report import Row, percentile
 from tests.chaos.harness.rig import Rig
 from tests.chaos.harness.specs import LOADING, PLACES, STRIKE, Case, Expect, Phase, is_missing
 from tests.chaos.harness.wire import Call, ask, chat_body, plain_call, polls, stream_call
@@ -40,9 +40,16 @@ class CaseError(Exception):
     """The case could not be tried: what should have come before the fault did not."""
 
 
-def run_case(rig: Rig, case: Case, number: int, calm_s: float | None) -> Row:
-    """``number`` is unique within the rig; ``calm_s`` the bystanders' pause without faults."""
-    row = Row(case.spec.name, case.phase, case.victim, calm_s=calm_s)
+def run_case(rig: Rig, case: Case, number: int, calm: Row) -> Row:
+    """``number`` is unique within the rig; ``calm`` is from ``measure_calm``."""
+    row = Row(
+        case.spec.name,
+        case.phase,
+        case.victim,
+        calm_s=calm.stall_s,
+        calm_p50_s=calm.gap_p50_s,
+        calm_p99_s=calm.gap_p99_s,
+    )
     if is_missing(case.spec):
         row.skipped = f"no setting {case.spec.needs}"
         return row
@@ -64,8 +71,8 @@ def run_case(rig: Rig, case: Case, number: int, calm_s: float | None) -> Row:
     return row
 
 
-def measure_calm(rig: Rig, seconds: float = 3.0) -> float:
-    """The bystanders' longest pause while somebody watches and nothing breaks."""
+def measure_calm(rig: Rig, seconds: float = 3.0) -> Row:
+    """The bystanders' pauses while somebody watches and nothing breaks."""
     bystanders = rig.bystanders("nobody")
     watcher = Watcher(rig.port, "bystander")
     for bystander in bystanders:
@@ -76,13 +83,15 @@ def measure_calm(rig: Rig, seconds: float = 3.0) -> float:
     judge_bystanders(row, bystanders)
     if row.breaches:
         raise RuntimeError(f"disturbed without any fault: {row.breaches}")
-    return row.stall_s or 0.0
+    return row
 
 
 def judge_bystanders(row: Row, bystanders: list[Bystander]) -> None:
     for bystander in bystanders:
         bystander.stop()
-    row.stall_s = max(bystander.stall_s for bystander in bystanders)
+    gaps_s = [gap for bystander in bystanders for gap in bystander.gaps_s]
+    row.stall_s = max(gaps_s, default=0.0)
+    row.gap_p50_s, row.gap_p99_s = percentile(gaps_s, 50), percentile(gaps_s, 99)
     row.lost = sum(bystander.lost for bystander in bystanders)
     for bystander in bystanders:
         if bystander.trouble:

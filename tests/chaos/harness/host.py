@@ -91,7 +91,7 @@ def _killed(phase: Phase, *kinds: str) -> Callable[[Row], None]:
             row.outcome = "serves again"
             if rig.server.model("victim")["readiness"]["crash_count"]:
                 row.breach("the death of the supervisor was counted against the model")
-            if row.orphans and not rig.surplus(2, timeout_s=1.0):
+            if row.orphans and not rig.surplus(rig.calm_processes, timeout_s=1.0):
                 row.outcome += ", swept"
             _check_nothing_set_aside(rig, row)
 
@@ -343,6 +343,12 @@ HOST_CASES = [
     HostCase("supervisor SIGKILL, GIL held", "decode", _killed(Phase.DECODE, "hold_gil")),
     HostCase("supervisor SIGKILL, worker stopped", "decode", _killed(Phase.DECODE, "stop")),
     HostCase("supervisor SIGKILL, helper", "decode", _killed(Phase.DECODE, "helper", "hang")),
+    HostCase(
+        "supervisor SIGKILL, detached helper",
+        "decode",
+        _killed(Phase.DECODE, "detached_helper", "hang"),
+        quick=True,
+    ),
     HostCase(
         "garbage state files",
         "start",

@@ -112,7 +112,7 @@ class Watcher(threading.Thread):
 
 
 class Bystander(threading.Thread):
-    """A client of a healthy model. ``stall_s`` is the longest it waited for a piece of text."""
+    """A client of a healthy model; ``gaps_s`` is how long it waited for each piece of text."""
 
     def __init__(self, port: int, model_id: str) -> None:
         super().__init__(daemon=True)
@@ -121,7 +121,7 @@ class Bystander(threading.Thread):
         self._over = threading.Event()
         self._begun = threading.Event()
         self._waiting_since = time.monotonic()
-        self.stall_s = 0.0
+        self.gaps_s: list[float] = []
         self.lost = 0
         self.trouble = ""
         self.start()
@@ -140,7 +140,7 @@ class Bystander(threading.Thread):
     def arrived(self) -> None:
         now = time.monotonic()
         if self._begun.is_set():
-            self.stall_s = max(self.stall_s, now - self._waiting_since)
+            self.gaps_s.append(now - self._waiting_since)
         self._waiting_since = now
 
     def begun(self) -> bool:

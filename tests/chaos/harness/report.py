@@ -14,8 +14,9 @@ class Row:
     """What one fault in one phase did. Times are seconds from the moment it struck.
 
     ``recovered_s`` is until the ``outcome`` was there: routable again, or the
-    expected end. ``stall_s`` is the bystander's longest pause, ``calm_s`` that of
-    the same bystander when nothing was broken. None: does not apply.
+    expected end. ``stall_s`` is the bystander's longest pause between two tokens,
+    ``gap_p50_s`` and ``gap_p99_s`` are percentiles of all of them; ``calm_…`` is the
+    same of the same bystander when nothing was broken. None: does not apply.
     """
 
     fault: str
@@ -26,6 +27,10 @@ class Row:
     outcome: str = ""
     stall_s: float | None = None
     calm_s: float | None = None
+    gap_p50_s: float | None = None
+    gap_p99_s: float | None = None
+    calm_p50_s: float | None = None
+    calm_p99_s: float | None = None
     lost: int | None = None
     orphans: int = 0
     waiters: int = 0
@@ -48,11 +53,24 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
+#: The times of a row that are summed up, and what they are called there.
+_TIMES = {
+    "detected_s": "detected",
+    "recovered_s": "recovered",
+    "stall_s": "stall",
+    "calm_s": "  calm",
+    "gap_p50_s": "gap p50",
+    "calm_p50_s": "  calm",
+    "gap_p99_s": "gap p99",
+    "calm_p99_s": "  calm",
+}
+
+
 def summary(rows: Iterable[Row]) -> dict[str, object]:
     """Percentiles of the times, and the totals of what must be zero."""
     ran = [row for row in rows if not row.skipped]
     found: dict[str, object] = {"cases": len(ran), "breached": sum(bool(r.breaches) for r in ran)}
-    for name in ("detected_s", "recovered_s", "stall_s", "calm_s"):
+    for name in _TIMES:
         values = [value for row in ran if (value := getattr(row, name)) is not None]
         found[name] = {
             "p50": percentile(values, 50),
@@ -109,12 +127,7 @@ def _count(value: int | None) -> str:
 def _summary_text(rows: Sequence[Row]) -> str:
     found = summary(rows)
     lines = [f"{'seconds':12}{'p50':>9}{'p95':>9}{'max':>9}"]
-    for name, title in (
-        ("detected_s", "detected"),
-        ("recovered_s", "recovered"),
-        ("stall_s", "stall"),
-        ("calm_s", "calm"),
-    ):
+    for name, title in _TIMES.items():
         numbers = found[name]
         assert isinstance(numbers, dict)
         lines.append(f"{title:12}" + "".join(f"{number:9.3f}" for number in numbers.values()))

@@ -32,11 +32,11 @@ def runner() -> Iterator[Runner]:
     with contextlib.ExitStack() as stack:
         rig: Rig | None = None
         key: _Key | None = None
-        calm_s = 0.0
+        calm = Row("none", "calm")
         number = 0
 
         def run(case: Case | HostCase) -> Row:
-            nonlocal rig, key, calm_s, number
+            nonlocal rig, key, calm, number
             number += 1
             if isinstance(case, HostCase):
                 key = None
@@ -51,8 +51,8 @@ def runner() -> Iterator[Runner]:
                 trouble = _close(stack)
                 key = _key(case)
                 rig = stack.enter_context(new_rig(real=key[0], settings=case.spec.settings))
-                calm_s = measure_calm(rig)
-            row = run_case(rig, case, number, calm_s)
+                calm = measure_calm(rig)
+            row = run_case(rig, case, number, calm)
             row.breaches += trouble
             return row
 

@@ -1,0 +1,94 @@
+"""The processes of one server, known by a mark in the environment they inherit.
+
+A worker's helpers may leave its process group and its session; the mark stays. So
+they are found wherever they are, and nobody else's process ever is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+#: Carried by a worker and everything it starts.
+MARK_ENV = "OPTA_LMX_WORKER_MARK"
+
+#: Waits without Python's memory until nobody holds the other end of its stdin.
+_WAIT_THEN_RUN = 'read -r line; exec "$@"'
+
+
+def home_mark(home: Path) -> str:
+    """What the mark of every worker of this home begins with."""
+    return hashlib.sha256(os.fsencode(home)).hexdigest()[:16] + ":"
+
+
+def server_mark(home: Path) -> str:
+    """What the mark of every worker of one run of the server begins with; new each time."""
+    return f"{home_mark(home)}{secrets.token_hex(8)}:"
+
+
+def kill_marked(prefix: str) -> list[int]:
+    """Kill the processes whose mark begins so; returns their pids. Takes some milliseconds."""
+    killed = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK_ENV, "").startswith(prefix):
+                process.kill()
+                killed.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return killed
+
+
+def own_environment() -> dict[str, str]:
+    """Our environment for a child, without our settings: among them are keys."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("OPTA_LMX_")}
+
+
+class Janitor:
+    """A process that outlives this one, however that dies, and kills what it left.
+
+    Workers die with their supervisor by themselves; their helpers do not. It is a
+    shell waiting for the end of a pipe (1 MB, no CPU). Without it, when it cannot be
+    started, helpers stay until the next start of the server.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        """``prefix`` as for ``kill_marked``."""
+        self._process: subprocess.Popen[bytes] | None = None
+        clean_up = [sys.executable, "-P", "-m", __name__, prefix]
+        try:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", _WAIT_THEN_RUN, "opta-lmx-janitor", *clean_up],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=own_environment(),
+                start_new_session=True,
+            )
+        except OSError as error:
+            log.warning("no janitor: %s", error)
+
+    def dismiss(self) -> None:
+        """End it: there is nothing left to clean up. Idempotent."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+if __name__ == "__main__":
+    kill_marked(sys.argv[1])
