@@ -50,7 +50,7 @@ LEAVES_MAY_IMPORT = {
     "regressions": {"compatibility"},
     "accounts": {"jsonfile", "quarantine"},
     "blocklist": {"admission"},
-    "process": {"quarantine"},
+    "process": {"marks", "quarantine"},
     "modelfiles": {"gguf"},
     "canary": {"stream"},
     "requests": {"stream"},
