@@ -42,6 +42,14 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Priority(StrEnum):
+    """The lane a request waits in."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
 class Sampling(Record, frozen=True):
     """How the next token is drawn.
 
@@ -78,13 +86,15 @@ class Load(Message, frozen=True):
 
     ``context_length`` is in tokens per sequence (None: the model's own, within
     the backend's default bound); ``threads`` None leaves the choice to the
-    backend.
+    backend. ``prompt_cache_bytes`` bounds the KV cache kept of ended requests for
+    later ones that begin alike (0: none is kept, None: the backend's default).
     """
 
     path: str
     context_length: int | None = None
     max_sequences: int = 1
     threads: int | None = None
+    prompt_cache_bytes: int | None = None
 
 
 class Generate(Message, frozen=True):
@@ -92,7 +102,8 @@ class Generate(Message, frozen=True):
 
     ``max_tokens`` None means: until the model stops or the context is full.
     ``validate_logits`` makes a NaN or infinite logit a backend fault; it costs a
-    pass over the vocabulary per token, so only the canary asks for it.
+    pass over the vocabulary per token, so only the canary asks for it. ``client``
+    is whose request it is, for fairness: any text, equal for the same client.
     """
 
     request_id: int
@@ -103,6 +114,8 @@ class Generate(Message, frozen=True):
     stop: list[str] = []
     ignore_eos: bool = False
     validate_logits: bool = False
+    client: str = ""
+    priority: Priority = Priority.NORMAL
 
 
 class Cancel(Message, frozen=True):
@@ -164,6 +177,16 @@ class Accepted(Message, frozen=True):
     prompt_tokens: int
 
 
+class Started(Message, frozen=True):
+    """The prompt is in the KV cache and the first token is about to follow.
+
+    ``cached_tokens`` of the prompt were there before and have not been computed.
+    """
+
+    request_id: int
+    cached_tokens: int
+
+
 class Rejected(Message, frozen=True):
     """The request is at fault; nothing was generated for it."""
 
@@ -213,5 +236,14 @@ class BackendFault(Message, frozen=True):
 
 ToWorker = Load | Generate | Cancel | Shutdown
 FromWorker = (
-    Hello | LoadProgress | Loaded | LoadFailed | Accepted | Rejected | Step | Beat | BackendFault
+    Hello
+    | LoadProgress
+    | Loaded
+    | LoadFailed
+    | Accepted
+    | Started
+    | Rejected
+    | Step
+    | Beat
+    | BackendFault
 )

@@ -137,7 +137,7 @@ class Actor:
                 ErrorCode.RATE_LIMIT_EXCEEDED,
                 f"model {self.spec.model_id!r} has {in_hand} requests in hand already "
                 f"(limit {limit})",
-                retry_after_s=1.0,
+                retry_after_s=self._requests.retry_after_s(),
             )
         stream = self._requests.open(request, streaming=streaming)
         self._request_count += 1
@@ -149,7 +149,8 @@ class Actor:
         spec, state, generation = self.spec, self.state, self._generation
         model = generation.model if generation is not None else None
         in_hand = len(self._requests)
-        in_flight = min(in_hand, model.max_sequences) if model is not None else 0
+        # The worker fills its slots with what it has got.
+        in_flight = min(self._requests.sent(), model.max_sequences) if model is not None else 0
         return ModelView(
             id=spec.model_id,
             path=str(spec.files.path),
@@ -334,6 +335,7 @@ class Actor:
             context_length=self.spec.context_length,
             max_sequences=settings.max_sequences,
             threads=settings.threads,
+            prompt_cache_bytes=settings.prompt_cache_bytes,
         )
         self._spawned_at = time.monotonic()
         self._loaded_at = None

@@ -87,6 +87,9 @@ def serve(
         int | None, typer.Option(help="Requests per model, running or waiting.")
     ] = None,
     context_length: Annotated[int | None, typer.Option(help="Tokens per request.")] = None,
+    prompt_cache_bytes: Annotated[
+        int | None, typer.Option(help="KV cache kept of ended requests, per model; 0: none.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a worker.")] = None,
     enable_simulated: Annotated[
         bool | None, typer.Option("--enable-simulated", help="The backend without a model.")
@@ -110,6 +113,7 @@ def serve(
         "max_sequences": max_sequences,
         "max_queue": max_queue,
         "context_length": context_length,
+        "prompt_cache_bytes": prompt_cache_bytes,
         "threads": threads,
         "enable_simulated": enable_simulated,
         "allow_unauthenticated": allow_unauthenticated,

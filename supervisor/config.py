@@ -195,6 +195,8 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
     for name in ("threads", "context_length"):
         value = getattr(settings, name)
         require(name, value is None or value >= 1, "at least 1")
+    cache = settings.prompt_cache_bytes
+    require("prompt_cache_bytes", cache is None or cache >= 0, "at least 0")
     for name in ("admin_key", "api_key"):
         require(name, _is_key(getattr(settings, name)), "printable ASCII without spaces, not empty")
     if settings.admin_key is not None and settings.admin_key == settings.api_key:

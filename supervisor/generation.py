@@ -35,6 +35,7 @@ from protocol.messages import (
     Phase,
     Rejected,
     Shutdown,
+    Started,
     Step,
     ToWorker,
 )
@@ -200,6 +201,8 @@ class Generation:
                 self._post(WorkerLoaded(self.number))
             case Accepted():
                 self._requests.accept(message)
+            case Started():
+                self._requests.start(message)
             case Rejected():
                 self._requests.reject(message)
             case BackendFault():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from protocol.messages import Generate
+from protocol.messages import Generate, Priority
 from supervisor import jsonfile
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,10 @@ class Fingerprints:
 
     def of(self, model: str, request: Generate) -> str:
         """The same for the same model, prompt and sampling; 16 hex digits."""
-        content = msgspec.structs.replace(request, request_id=0)
+        # Neither the id nor who asks, nor how soon, makes it another request.
+        content = msgspec.structs.replace(
+            request, request_id=0, client="", priority=Priority.NORMAL
+        )
         digest = hashlib.blake2b(key=self._key, digest_size=8)
         digest.update(model.encode() + b"\0" + msgspec.msgpack.encode(content))
         return digest.hexdigest()

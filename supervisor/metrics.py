@@ -42,7 +42,13 @@ class Metrics:
             registry=self._registry,
         )
         self._prompt_tokens = Counter(
-            "opta_lmx_prompt_tokens", "Tokens prefilled", ["model"], registry=self._registry
+            "opta_lmx_prompt_tokens", "Tokens of prompts", ["model"], registry=self._registry
+        )
+        self._cached_tokens = Counter(
+            "opta_lmx_cached_prompt_tokens",
+            "Tokens of prompts that were in the KV cache and have not been computed",
+            ["model"],
+            registry=self._registry,
         )
         self._completion_tokens = Counter(
             "opta_lmx_completion_tokens", "Tokens generated", ["model"], registry=self._registry
@@ -50,6 +56,13 @@ class Metrics:
         self._first_token = Histogram(
             "opta_lmx_time_to_first_token_seconds",
             "From the request's arrival to the first text of a streamed answer",
+            ["model"],
+            buckets=_FIRST_TOKEN_BUCKETS,
+            registry=self._registry,
+        )
+        self._start = Histogram(
+            "opta_lmx_time_to_start_seconds",
+            "From a request's submission until its prompt is in the KV cache: queue and prefill",
             ["model"],
             buckets=_FIRST_TOKEN_BUCKETS,
             registry=self._registry,
@@ -77,9 +90,14 @@ class Metrics:
     def request_ended(self, model: str, endpoint: str, code: str) -> None:
         self._requests.labels(model, endpoint, code).inc()
 
-    def tokens(self, model: str, prompt: int, completion: int) -> None:
+    def tokens(self, model: str, prompt: int, completion: int, cached: int) -> None:
+        """``cached`` is the part of ``prompt`` that was in the KV cache."""
         self._prompt_tokens.labels(model).inc(prompt)
         self._completion_tokens.labels(model).inc(completion)
+        self._cached_tokens.labels(model).inc(cached)
+
+    def started(self, model: str, seconds: float) -> None:
+        self._start.labels(model).observe(seconds)
 
     def first_token(self, model: str, seconds: float) -> None:
         self._first_token.labels(model).observe(seconds)
@@ -111,7 +129,7 @@ class _ModelCollector(Collector):
             "opta_lmx_in_flight", "Requests a worker is running", labels=["model"]
         )
         queued = GaugeMetricFamily(
-            "opta_lmx_queued", "Requests waiting for a slot", labels=["model"]
+            "opta_lmx_queued", "Requests waiting for a slot or a restart", labels=["model"]
         )
         memory = GaugeMetricFamily(
             "opta_lmx_worker_memory_bytes", "Memory of the model's worker", labels=["model"]

@@ -7,6 +7,7 @@ typed error.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,8 +24,10 @@ from protocol.messages import (
     Generate,
     Phase,
     Rejected,
+    Started,
     ToWorker,
 )
+from supervisor.pace import Pace
 from supervisor.stream import RequestStream
 
 #: How often a request may be given to a worker. The second crash under it may
@@ -50,20 +53,31 @@ SendToWorker = Callable[[ToWorker], Delivery]
 
 @dataclass(slots=True)
 class _Entry:
-    """``sent``: the connected worker has it. ``runs`` counts how often one had it."""
+    """``sent``: the connected worker has it. ``runs`` counts how often one had it.
+
+    ``opened_at`` is on the table's clock.
+    """
 
     request: Generate
     stream: RequestStream
     is_canary: bool
+    opened_at: float
     sent: bool = False
     runs: int = 0
 
 
 class RequestTable:
-    """All unfinished requests. Methods run on the event loop and never wait."""
+    """All unfinished requests. Methods run on the event loop and never wait.
 
-    def __init__(self, *, max_stream_buffer_bytes: int) -> None:
+    ``clock`` is monotonic, in seconds.
+    """
+
+    def __init__(
+        self, *, max_stream_buffer_bytes: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._max_stream_buffer_bytes = max_stream_buffer_bytes
+        self._clock = clock
+        self._pace = Pace()
         self._entries: dict[int, _Entry] = {}
         self._send: SendToWorker | None = None
 
@@ -92,10 +106,13 @@ class RequestTable:
             max_buffer_bytes=self._max_stream_buffer_bytes if streaming else None,
             on_close=let_go,
         )
-        entry = _Entry(msgspec.structs.replace(request, request_id=request_id), stream, is_canary)
+        request = msgspec.structs.replace(request, request_id=request_id)
+        now = self._clock()
+        entry = _Entry(request, stream, is_canary, opened_at=now)
         if not self._run(entry):
             raise _worker_blocked()
         self._entries[request_id] = entry
+        self._pace.busy(now)
         return stream
 
     def deliver(self, deltas: Iterable[Delta]) -> None:
@@ -105,7 +122,7 @@ class RequestTable:
             if entry is None:
                 continue
             if delta.finish is not None:
-                del self._entries[delta.request_id]
+                self._remove(delta.request_id)
                 if delta.finish is FinishReason.CANCELLED:
                     # Nobody who still listens has asked for this.
                     entry.stream.fail(
@@ -118,8 +135,12 @@ class RequestTable:
         if (entry := self._entries.get(message.request_id)) is not None:
             entry.stream.accept(message.prompt_tokens)
 
+    def start(self, message: Started) -> None:
+        if (entry := self._entries.get(message.request_id)) is not None:
+            entry.stream.start(message.cached_tokens, self._clock() - entry.opened_at)
+
     def reject(self, message: Rejected) -> None:
-        if (entry := self._entries.pop(message.request_id, None)) is not None:
+        if (entry := self._remove(message.request_id)) is not None:
             entry.stream.fail(CodedError(message.code, message.message, param=message.param))
 
     def phase(self) -> Phase:
@@ -134,25 +155,34 @@ class RequestTable:
         """The requests that the worker has, oldest first."""
         return [entry.request for entry in self._entries.values() if entry.sent]
 
+    def sent(self) -> int:
+        """How many the worker has; the others wait for the next one."""
+        return sum(entry.sent for entry in self._entries.values())
+
+    def retry_after_s(self) -> float:
+        """Seconds until a place may be expected to be free; see ``pace``."""
+        return self._pace.next_place_s(self._clock())
+
     def park(self, error: CodedError) -> None:
         """Keep what can run again unseen on the next worker; fail the rest with ``error``."""
         for request_id, entry in list(self._entries.items()):
+            entry.sent = False
             if entry.is_canary or entry.stream.delivered or entry.runs >= MAX_RUNS:
-                del self._entries[request_id]
+                self._remove(request_id)
                 entry.stream.fail(_with_tokens_sent(error, entry.stream))
             else:
-                entry.sent = False
                 entry.stream.restart()
 
     def resume(self) -> None:
         """Run what was parked, oldest first, on the connected worker."""
         for request_id, entry in list(self._entries.items()):
             if not self._run(entry):
-                del self._entries[request_id]
+                self._remove(request_id)
                 entry.stream.fail(_worker_blocked())
 
     def fail_all(self, error: CodedError) -> None:
         entries, self._entries = self._entries, {}
+        self._pace.idle()
         for entry in entries.values():
             entry.stream.fail(_with_tokens_sent(error, entry.stream))
 
@@ -170,9 +200,19 @@ class RequestTable:
         return delivery is not Delivery.BLOCKED
 
     def _abandon(self, request_id: int) -> None:
-        entry = self._entries.pop(request_id, None)
+        entry = self._remove(request_id)
         if entry is not None and entry.sent and self._send is not None:
             self._send(Cancel(request_id))
+
+    def _remove(self, request_id: int) -> _Entry | None:
+        """Take a request out at its end, whatever that is."""
+        entry = self._entries.pop(request_id, None)
+        if entry is not None and entry.sent and not entry.is_canary and entry.stream.has_started:
+            # Others, refused or given up in the queue, have not held a slot.
+            self._pace.answered(self._clock())
+        if not self._entries:
+            self._pace.idle()
+        return entry
 
 
 def _with_tokens_sent(error: CodedError, stream: RequestStream) -> CodedError:

@@ -41,8 +41,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sse_keepalive_s: float = 15.0
     shutdown_grace_s: float = 5.0
 
-    #: Sequences one worker runs at once, each with a context of its own.
-    max_sequences: int = 1
+    #: Sequences one worker runs at once; they share the KV cache.
+    max_sequences: int = 4
+    #: KV cache that a worker keeps of ended requests, for later ones that begin alike;
+    #: 0: none, None: the backend's default.
+    prompt_cache_bytes: int | None = None
     threads: int | None = None
     context_length: int | None = None
 

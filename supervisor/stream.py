@@ -33,6 +33,9 @@ class RequestStream:
     def __init__(self, *, max_buffer_bytes: int | None, on_close: Callable[[], None]) -> None:
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.cached_tokens = 0
+        #: Seconds from the submission to the start of the answer; None: not started.
+        self.started_after_s: float | None = None
         self._max_buffer_bytes = max_buffer_bytes
         self._on_close = on_close
         self._accepted = False
@@ -51,6 +54,11 @@ class RequestStream:
         self.prompt_tokens = prompt_tokens
         self._accepted = True
         self._wake()
+
+    def start(self, cached_tokens: int, after_s: float) -> None:
+        """The worker has the prompt in its KV cache, ``cached_tokens`` of it from before."""
+        self.cached_tokens = cached_tokens
+        self.started_after_s = after_s
 
     def push(self, delta: Delta) -> None:
         """Add what one step brought; past the buffer's bound the request fails."""
@@ -85,10 +93,16 @@ class RequestStream:
         self._texts.clear()
         self._buffered = 0
         self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.started_after_s = None
 
     @property
     def ended(self) -> bool:
         return self._finish is not None or self._error is not None
+
+    @property
+    def has_started(self) -> bool:
+        return self.started_after_s is not None
 
     @property
     def delivered(self) -> bool:

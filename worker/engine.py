@@ -1,14 +1,14 @@
 """Runs requests on a backend: tokens in a slot become text, within limits.
 
-Requests wait in arrival order for one of the backend's slots. Nothing here
-blocks or knows the wire; ``worker.__main__`` calls ``step`` in a loop.
+Requests wait for one of the backend's slots in the order of ``worker.queue``.
+Nothing here blocks or knows the wire; ``worker.session`` calls ``step`` in a loop.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import (
@@ -19,8 +19,10 @@ from protocol.messages import (
     Loaded,
     Phase,
     Rejected,
+    Started,
 )
 from worker.backends.base import Backend, Detokenizer, SequenceSpec
+from worker.queue import RequestQueue
 from worker.stops import StopMatcher
 from worker.vitals import Vitals
 
@@ -35,6 +37,16 @@ class _Answer:
     sampled: int = 0
 
 
+class Progress(NamedTuple):
+    """What one step brought: requests that began with it, and what was added to which.
+
+    There is at most one delta per request.
+    """
+
+    started: list[Started]
+    deltas: list[Delta]
+
+
 class Engine:
     """All requests of one loaded model. ``vitals`` is kept up to date for the I/O thread."""
 
@@ -42,7 +54,8 @@ class Engine:
         self._backend = backend
         self._model = model
         self._vitals = vitals
-        self._waiting: deque[_Answer] = deque()
+        self._queue = RequestQueue()
+        self._waiting: dict[int, _Answer] = {}
         self._running: dict[int, _Answer] = {}
 
     @property
@@ -69,45 +82,60 @@ class Engine:
             ignore_eos=request.ignore_eos,
             validate_logits=request.validate_logits,
         )
-        self._waiting.append(
-            _Answer(spec, self._backend.new_detokenizer(), StopMatcher(request.stop))
+        self._waiting[request.request_id] = _Answer(
+            spec, self._backend.new_detokenizer(), StopMatcher(request.stop)
         )
+        self._queue.enter(request.request_id, request.client, request.priority)
         self._update_vitals()
         return Accepted(request.request_id, len(prompt))
 
     def cancel(self, request_id: int) -> Delta | None:
         """Drop a request; None if it is unknown, as when it has just ended."""
-        answer = self._running.pop(request_id, None)
-        if answer is not None:
+        if self._running.pop(request_id, None) is not None:
             self._backend.cancel(request_id)
-        else:
-            answer = next((a for a in self._waiting if a.spec.sequence_id == request_id), None)
-            if answer is None:
-                return None
-            self._waiting.remove(answer)
+        elif self._waiting.pop(request_id, None) is None:
+            return None
+        self._queue.leave(request_id)
         self._update_vitals()
         return Delta(request_id, "", [], FinishReason.CANCELLED)
 
-    def step(self) -> list[Delta]:
+    def step(self) -> Progress:
         """Fill free slots, move every running sequence on, and return what came of it.
 
         Raises whatever the backend raises; the engine is unusable afterwards.
         """
-        while self._waiting and len(self._running) < self._model.max_sequences:
-            answer = self._waiting.popleft()
-            self._running[answer.spec.sequence_id] = answer
-            self._backend.admit(answer.spec)
+        self._fill_slots()
         self._update_vitals()
-        deltas = []
-        for sequence_id, token, is_end in self._backend.step():
+        started: list[Started] = []
+        deltas: dict[int, Delta] = {}
+        for produced in self._backend.step():
+            sequence_id = produced.sequence_id
+            before = deltas.get(sequence_id)
+            if before is not None and before.finish is not None:
+                # Made ahead, as it turned out past the end: nobody's.
+                continue
             answer = self._running[sequence_id]
-            delta = self._extend(answer, token, is_end)
+            if not answer.sampled:
+                started.append(Started(sequence_id, produced.cached_tokens))
+            delta = self._extend(answer, produced.token, produced.is_end)
             if delta.finish is not None:
                 del self._running[sequence_id]
-            deltas.append(delta)
+                self._queue.leave(sequence_id)
+            deltas[sequence_id] = delta if before is None else _join(before, delta)
         self._vitals.advance()
         self._update_vitals()
-        return deltas
+        return Progress(started, list(deltas.values()))
+
+    def _fill_slots(self) -> None:
+        while len(self._running) < self._model.max_sequences:
+            request_id = self._queue.take()
+            if request_id is None:
+                return
+            answer = self._running[request_id] = self._waiting.pop(request_id)
+            # A backend may begin with the prompt, or look it up, right here.
+            self._update_vitals()
+            self._backend.admit(answer.spec)
+            self._vitals.advance()
 
     def _extend(self, answer: _Answer, token: int, is_end: bool) -> Delta:
         answer.sampled += 1
@@ -176,3 +204,9 @@ class Engine:
             vitals.phase = Phase.DECODE
         else:
             vitals.phase = Phase.PREFILL
+
+
+def _join(first: Delta, second: Delta) -> Delta:
+    return Delta(
+        first.request_id, first.text + second.text, first.tokens + second.tokens, second.finish
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
+from collections.abc import Callable
 
 import zmq
 
@@ -13,6 +15,8 @@ from protocol.messages import (
     PROTOCOL_VERSION,
     BackendFault,
     Cancel,
+    Delta,
+    FinishReason,
     Generate,
     Hello,
     Load,
@@ -28,8 +32,13 @@ from worker.backends import create_backend
 from worker.backends.base import Backend
 from worker.engine import Engine
 from worker.link import Link, LinkWrapper
+from worker.queue import RequestQueue
 from worker.transport import DataLink, Heart
 from worker.vitals import Vitals
+
+#: Seconds spent on new requests between two steps. One is taken in any case, and may
+#: take longer: to render a template and tokenise a long prompt is not to be divided.
+SUBMISSION_BUDGET_S = 0.005
 
 
 def run(boot: WorkerBoot) -> int:
@@ -101,32 +110,81 @@ def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Loaded
 
 
 def _serve(backend: Backend, model: Loaded, link: Link, vitals: Vitals) -> int:
-    engine = Engine(backend, model, vitals)
+    service = Service(Engine(backend, model, vitals), link)
     try:
-        while True:
-            if engine.idle and not _handle(link.wait(), engine, link):
-                return 0
-            for message in link.pending():
-                if not _handle(message, engine, link):
-                    return 0
-            if not engine.idle and (deltas := engine.step()):
-                link.send(Step(deltas))
+        service.run()
     except Exception as error:
         traceback.print_exc()
         link.send(BackendFault(f"{type(error).__name__}: {error}"))
         return EXIT_FAULT
+    return 0
 
 
-def _handle(message: ToWorker, engine: Engine, link: Link) -> bool:
-    """Carry out one message; False when it was the last."""
-    match message:
-        case Generate():
-            link.send(engine.submit(message))
-        case Cancel():
-            if (delta := engine.cancel(message.request_id)) is not None:
-                link.send(Step([delta]))
-        case Load():
-            raise TypeError("a worker loads one model only")
-        case Shutdown():
-            return False
-    return True
+class Service:
+    """Takes the supervisor's messages between the steps of the engine, and sends what comes of it.
+
+    Whatever has arrived is looked at before every step, so that a cancellation holds
+    from the next one on. New requests are only put by; as many as fit the budget are
+    submitted, in the order in which their clients are entitled to, and the others
+    after the step: however many arrive at once, the running answers go on.
+    """
+
+    def __init__(
+        self, engine: Engine, link: Link, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine = engine
+        self._link = link
+        self._clock = clock
+        self._arrived: dict[int, Generate] = {}
+        self._order = RequestQueue()
+
+    def run(self) -> None:
+        """Serve until told to stop. Raises whatever the backend or the link raises."""
+        while True:
+            if self._engine.idle and not self._arrived and not self._receive(self._link.wait()):
+                return
+            for message in self._link.pending():
+                if not self._receive(message):
+                    return
+            self._submit()
+            if not self._engine.idle:
+                self._step()
+
+    def _receive(self, message: ToWorker) -> bool:
+        """Carry out one message, or put it by; False when it was the last."""
+        match message:
+            case Generate():
+                self._order.enter(message.request_id, message.client, message.priority)
+                self._arrived[message.request_id] = message
+            case Cancel():
+                self._cancel(message.request_id)
+            case Load():
+                raise TypeError("a worker loads one model only")
+            case Shutdown():
+                return False
+        return True
+
+    def _submit(self) -> None:
+        until = self._clock() + SUBMISSION_BUDGET_S
+        while (request_id := self._order.take()) is not None:
+            # It is no more than a turn: what runs counts in the engine's own queue.
+            self._order.leave(request_id)
+            self._link.send(self._engine.submit(self._arrived.pop(request_id)))
+            if self._clock() >= until:
+                return
+
+    def _cancel(self, request_id: int) -> None:
+        if self._arrived.pop(request_id, None) is not None:
+            self._order.leave(request_id)
+            delta: Delta | None = Delta(request_id, "", [], FinishReason.CANCELLED)
+        else:
+            delta = self._engine.cancel(request_id)
+        if delta is not None:
+            self._link.send(Step([delta]))
+
+    def _step(self) -> None:
+        started, deltas = self._engine.step()
+        for message in started:
+            self._link.send(message)
+        if deltas:
+            self._link.send(Step(deltas))

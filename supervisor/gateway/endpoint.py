@@ -7,6 +7,7 @@ streamed chunk goes from the handler's loop straight to the server.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -47,7 +48,7 @@ class Call(Request):
 
     ``model`` is the metrics label: the id of a tracked model, else empty.
     ``outcome`` is ``OK`` or the stable error code; a stream may change it after
-    its headers have gone.
+    its headers have gone. ``deadline`` is the timer of the client's own deadline.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -55,6 +56,7 @@ class Call(Request):
         self.request_id = _request_id(scope)
         self.model = ""
         self.outcome = OK
+        self.deadline: asyncio.TimerHandle | None = None
 
 
 Handler = Callable[[Gateway, Call], Awaitable[Response]]

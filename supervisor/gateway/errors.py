@@ -80,6 +80,17 @@ class MethodNotAllowed(CodedError):
         self.allow = allow
 
 
+class DeadlinePassed(CodedError):
+    """The client's own deadline has passed: nobody has failed, and the connection is in order."""
+
+    def __init__(self, timeout_s: float, tokens_sent: int) -> None:
+        super().__init__(
+            ErrorCode.REQUEST_TIMEOUT,
+            f"not finished within the {timeout_s:g} s of X-Request-Timeout",
+            details={"tokens_sent": tokens_sent},
+        )
+
+
 def status_of(code: ErrorCode) -> int:
     return _ANSWERS.get(code, _UNKNOWN).status
 
@@ -115,7 +126,7 @@ def error_headers(error: CodedError) -> dict[str, str]:
         headers["allow"] = error.allow
     if error.code is ErrorCode.INVALID_API_KEY:
         headers["www-authenticate"] = "Bearer"
-    if error.code in _UNREAD:
+    if error.code in _UNREAD and not isinstance(error, DeadlinePassed):
         headers["connection"] = "close"
     return headers
 

@@ -8,29 +8,58 @@ nobody.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
+import msgspec
 from starlette.types import Receive
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import FinishReason, Generate
 from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.endpoint import Call, Gateway
+from supervisor.gateway.errors import DeadlinePassed
+from supervisor.gateway.scheduling import Terms
 from supervisor.stream import Chunk, RequestStream
 
 
 def submit(
-    gateway: Gateway, call: Call, model: str, request: Generate, *, streaming: bool
-) -> RequestStream:
-    """Start a request and label the call with the model's id once that is known to be tracked."""
+    gateway: Gateway,
+    call: Call,
+    model: str,
+    requests: Sequence[Generate],
+    terms: Terms,
+    *,
+    streaming: bool,
+) -> list[RequestStream]:
+    """Start the requests of one call, all or none, on the terms of that call.
+
+    Whoever gets the streams must ``release`` them. Labels the call with the model's id
+    once that is known to be tracked. Raises what ``Fleet.submit`` does, or
+    ``request_timeout`` when the client's deadline has passed by now.
+    """
+    remaining_s = 0.0
+    if terms.timeout_s is not None:
+        remaining_s = terms.arrived + terms.timeout_s - time.perf_counter()
+        if remaining_s <= 0:
+            raise DeadlinePassed(terms.timeout_s, 0)
+    streams: list[RequestStream] = []
     try:
-        stream = gateway.fleet.submit(model, request, streaming=streaming)
+        for request in requests:
+            request = msgspec.structs.replace(request, client=terms.client, priority=terms.priority)
+            streams.append(gateway.fleet.submit(model, request, streaming=streaming))
     except CodedError as error:
         if error.code is not ErrorCode.MODEL_NOT_FOUND:
             call.model = model
+        if streams:
+            # One was refused: those before it are given up.
+            release(gateway, call, streams)
         raise
     call.model = model
-    return stream
+    if terms.timeout_s is not None:
+        loop = asyncio.get_running_loop()
+        call.deadline = loop.call_later(remaining_s, _expire, streams, terms.timeout_s)
+    return streams
 
 
 def fingerprint(gateway: Gateway, model: str) -> str | None:
@@ -53,9 +82,19 @@ async def _watch(receive: Receive, streams: Sequence[RequestStream]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     for stream in streams:
-        # Close first: a stream that has failed is over, and nobody would be told to cancel it.
-        stream.close()
-        stream.fail(ClientDisconnected())
+        _give_up(stream, ClientDisconnected())
+
+
+def _expire(streams: Sequence[RequestStream], timeout_s: float) -> None:
+    for stream in streams:
+        tokens_sent = stream.completion_tokens if stream.delivered else 0
+        _give_up(stream, DeadlinePassed(timeout_s, tokens_sent))
+
+
+def _give_up(stream: RequestStream, error: CodedError) -> None:
+    # Close first: a stream that has failed is over, and nobody would be told to cancel it.
+    stream.close()
+    stream.fail(error)
 
 
 async def collect(gateway: Gateway, call: Call, streams: Sequence[RequestStream]) -> list[Chunk]:
@@ -69,13 +108,18 @@ async def collect(gateway: Gateway, call: Call, streams: Sequence[RequestStream]
 
 
 def release(gateway: Gateway, call: Call, streams: Sequence[RequestStream]) -> None:
-    """Let go of streams, finished or not, and count their tokens."""
+    """Let go of streams, finished or not, and of their deadline; count their tokens."""
+    if call.deadline is not None:
+        call.deadline.cancel()
     for stream in streams:
         stream.close()
+        if stream.started_after_s is not None:
+            gateway.metrics.started(call.model, stream.started_after_s)
     gateway.metrics.tokens(
         call.model,
         sum(stream.prompt_tokens for stream in streams),
         sum(stream.completion_tokens for stream in streams),
+        sum(stream.cached_tokens for stream in streams),
     )
 
 

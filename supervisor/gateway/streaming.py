@@ -57,8 +57,8 @@ class EventFormat(Protocol):
     def text(self, text: str) -> bytes:
         """A piece of the answer, never empty."""
 
-    def last(self, finish: FinishReason, prompt_tokens: int, completion_tokens: int) -> bytes:
-        """The proper end of an answer."""
+    def last(self, finish: FinishReason, stream: RequestStream) -> bytes:
+        """The proper end of an answer; the stream has its token counts."""
 
 
 def error_event(error: CodedError) -> bytes:
@@ -155,7 +155,7 @@ class EventStream(Response):
             if finish is FinishReason.CANCELLED:
                 await _send(send, data, more=True)
                 raise cancelled_by_server()
-            return data + events.last(finish, stream.prompt_tokens, stream.completion_tokens)
+            return data + events.last(finish, stream)
 
 
 async def _send(send: Send, body: bytes, *, more: bool) -> None:

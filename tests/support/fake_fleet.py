@@ -64,6 +64,9 @@ class Submitted:
     def accept(self, prompt_tokens: int = 5) -> None:
         self.stream.accept(prompt_tokens)
 
+    def start(self, cached_tokens: int = 0) -> None:
+        self.stream.start(cached_tokens, 0.5)
+
     def say(self, text: str, finish: FinishReason | None = None, tokens: int = 1) -> None:
         self.stream.push(Delta(0, text, [7] * tokens, finish))
 

@@ -38,6 +38,7 @@ PURE = (
     "memory",
     "compatibility",
     "regressions",
+    "pace",
 )
 IMPURE_MODULES = {"asyncio", "zmq", "os", "time", "random", "threading", "subprocess", "pathlib"}
 
@@ -53,7 +54,7 @@ LEAVES_MAY_IMPORT = {
     "process": {"marks", "quarantine"},
     "modelfiles": {"gguf"},
     "canary": {"stream"},
-    "requests": {"stream"},
+    "requests": {"pace", "stream"},
     "incidents": {"jsonfile"},
     "casefile": {"incidents"},
     "status": {"lifecycle", "quarantine"},

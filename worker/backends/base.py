@@ -33,12 +33,28 @@ class NonFiniteLogits(Exception):
     """The model produced NaN or infinity where a sequence asked for a check."""
 
 
+class TokenMask(Protocol):
+    """Which tokens one sequence may go on with: the state of a constraint."""
+
+    def allowed(self) -> bytes | bytearray | memoryview:
+        """One bit per token of the vocabulary, the lowest bit of a byte first; 1: allowed."""
+
+    def accept(self, token: int) -> None:
+        """The backend sampled this token; called once per token, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
     """One sequence to generate.
 
     ``prompt`` is never empty and, with ``max_tokens``, fits the context. With
-    ``ignore_eos`` end-of-generation tokens are never sampled.
+    ``ignore_eos`` end-of-generation tokens are never sampled. ``mask`` limits what
+    is sampled. ``top_logprobs`` asks for log probabilities, of the token sampled and
+    of so many of the likeliest (0: of the token alone, None: of none).
+
+    The token at position k of the answer is drawn from a function of the seed and k
+    alone: ``sampled`` is how many positions are over, for a sequence that is taken
+    up again with the tokens it had made at the end of its ``prompt``.
     """
 
     sequence_id: int
@@ -47,14 +63,30 @@ class SequenceSpec:
     sampling: Sampling = field(default_factory=Sampling)
     ignore_eos: bool = False
     validate_logits: bool = False
+    mask: TokenMask | None = None
+    top_logprobs: int | None = None
+    sampled: int = 0
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural log probabilities before temperature and filters, likeliest first."""
+
+    logprob: float
+    top: Sequence[tuple[int, float]]
 
 
 class StepToken(NamedTuple):
-    """One token sampled for one sequence; ``is_end`` marks end-of-generation tokens."""
+    """One token sampled for one sequence; ``is_end`` marks end-of-generation tokens.
+
+    ``cached_tokens``, told with a sequence's first token: how much of its prompt was
+    found in the KV cache.
+    """
 
     sequence_id: int
     token: int
     is_end: bool
+    cached_tokens: int = 0
+    logprobs: TokenLogprobs | None = None
 
 
 class Detokenizer(Protocol):

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
 from protocol.messages import FinishReason
 from supervisor.gateway.streaming import encode_text
+from supervisor.stream import RequestStream
 
 _DONE = b"data: [DONE]\n\n"
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
 
 
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
-    return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
+def usage(streams: Sequence[RequestStream]) -> Usage:
+    """What one call used, all its answers together."""
+    prompt_tokens = sum(stream.prompt_tokens for stream in streams)
+    completion_tokens = sum(stream.completion_tokens for stream in streams)
+    cached_tokens = sum(stream.cached_tokens for stream in streams)
+    return Usage(
+        prompt_tokens,
+        completion_tokens,
+        prompt_tokens + completion_tokens,
+        PromptTokensDetails(cached_tokens),
+    )
 
 
 class ChatAnswerMessage(msgspec.Struct):
@@ -93,10 +109,10 @@ class _Chunks:
     def _chunk(self, choice: bytes) -> bytes:
         return self._head + choice + self._tail
 
-    def _end(self, choice: bytes, prompt_tokens: int, completion_tokens: int) -> bytes:
+    def _end(self, choice: bytes, stream: RequestStream) -> bytes:
         end = self._chunk(choice)
         if self._include_usage:
-            numbers = msgspec.json.encode(usage(prompt_tokens, completion_tokens))
+            numbers = msgspec.json.encode(usage([stream]))
             end += self._head + b'],"usage":' + numbers + b"}\n\n"
         return end + _DONE
 
@@ -118,10 +134,10 @@ class ChatChunks(_Chunks):
     def text(self, text: str) -> bytes:
         return self._before + encode_text(text) + self._after
 
-    def last(self, finish: FinishReason, prompt_tokens: int, completion_tokens: int) -> bytes:
+    def last(self, finish: FinishReason, stream: RequestStream) -> bytes:
         reason = finish.value.encode()
         choice = b'{"index":0,"delta":{},"logprobs":null,"finish_reason":"' + reason + b'"}'
-        return self._end(choice, prompt_tokens, completion_tokens)
+        return self._end(choice, stream)
 
 
 class TextChunks(_Chunks):
@@ -138,7 +154,7 @@ class TextChunks(_Chunks):
     def text(self, text: str) -> bytes:
         return self._before + encode_text(text) + self._after
 
-    def last(self, finish: FinishReason, prompt_tokens: int, completion_tokens: int) -> bytes:
+    def last(self, finish: FinishReason, stream: RequestStream) -> bytes:
         reason = finish.value.encode()
         choice = b'{"text":"","index":0,"logprobs":null,"finish_reason":"' + reason + b'"}'
-        return self._end(choice, prompt_tokens, completion_tokens)
+        return self._end(choice, stream)

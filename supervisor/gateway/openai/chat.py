@@ -30,6 +30,7 @@ from supervisor.gateway.openai.parameters import (
     refuse_unsupported,
     unsupported,
 )
+from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
 
 
@@ -97,18 +98,20 @@ async def chat_completions(gateway: Gateway, call: Call) -> Response:
     started = time.perf_counter()
     request = await read_json(call, _decoder, gateway.settings)
     streaming = bool(request.stream)
-    stream = submit(gateway, call, request.model, to_generate(request), streaming=streaming)
+    terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
+    generates = [to_generate(request)]
+    streams = submit(gateway, call, request.model, generates, terms, streaming=streaming)
     system_fingerprint = fingerprint(gateway, request.model)
     if streaming:
         events = ChatChunks(request.model, system_fingerprint, include_usage=request.include_usage)
-        return await open_event_stream(gateway, call, stream, events, started)
-    [answer] = await collect(gateway, call, [stream])
+        return await open_event_stream(gateway, call, streams[0], events, started)
+    [answer] = await collect(gateway, call, streams)
     completion = ChatCompletion(
         id=new_id("chatcmpl"),
         created=int(time.time()),
         model=request.model,
         choices=[ChatChoice(ChatAnswerMessage(answer.text), answer.finish or FinishReason.STOP)],
-        usage=usage(stream.prompt_tokens, stream.completion_tokens),
+        usage=usage(streams),
         system_fingerprint=system_fingerprint,
     )
     return json_response(completion)

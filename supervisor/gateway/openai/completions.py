@@ -14,7 +14,7 @@ from protocol.messages import FinishReason, Generate
 from supervisor.gateway.body import read_json
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response
-from supervisor.gateway.generation import collect, fingerprint, release, submit
+from supervisor.gateway.generation import collect, fingerprint, submit
 from supervisor.gateway.openai.answers import (
     TextChoice,
     TextChunks,
@@ -28,8 +28,8 @@ from supervisor.gateway.openai.parameters import (
     invalid_value,
     refuse_unsupported,
 )
+from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
-from supervisor.stream import RequestStream
 
 Prompt = str | list[int]
 
@@ -65,7 +65,8 @@ async def completions(gateway: Gateway, call: Call) -> Response:
             "prompt: a stream answers one prompt; send one request for each",
             param="prompt",
         )
-    streams = _submit_all(gateway, call, request.model, requests, streaming=streaming)
+    terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
+    streams = submit(gateway, call, request.model, requests, terms, streaming=streaming)
     system_fingerprint = fingerprint(gateway, request.model)
     if streaming:
         events = TextChunks(request.model, system_fingerprint, include_usage=request.include_usage)
@@ -79,28 +80,10 @@ async def completions(gateway: Gateway, call: Call) -> Response:
             TextChoice(answer.text, i, answer.finish or FinishReason.STOP)
             for i, answer in enumerate(answers)
         ],
-        usage=usage(
-            sum(stream.prompt_tokens for stream in streams),
-            sum(stream.completion_tokens for stream in streams),
-        ),
+        usage=usage(streams),
         system_fingerprint=system_fingerprint,
     )
     return json_response(completion)
-
-
-def _submit_all(
-    gateway: Gateway, call: Call, model: str, requests: list[Generate], *, streaming: bool
-) -> list[RequestStream]:
-    """All or none: when one is refused, those before it are given up."""
-    streams: list[RequestStream] = []
-    try:
-        for request in requests:
-            streams.append(submit(gateway, call, model, request, streaming=streaming))
-    except CodedError:
-        if streams:
-            release(gateway, call, streams)
-        raise
-    return streams
 
 
 def to_generates(request: CompletionRequest, max_prompts: int) -> list[Generate]:

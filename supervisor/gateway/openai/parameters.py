@@ -4,8 +4,8 @@ The rule for what cannot be honoured: a field that OpenAI documents and that
 would change the answer is refused by name (``unsupported_parameter``), never
 dropped in silence. ``null`` and values that ask for nothing (``"n": 1``,
 ``"tools": []``) count as absent. Fields nobody documents are ignored: local
-clients send extras of other servers. ``user``, ``metadata``, ``store``,
-``service_tier`` and their like change no answer and are ignored as well.
+clients send extras of other servers. ``metadata``, ``store``, ``service_tier``
+and their like change no answer and are ignored as well.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ class Parameters(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: PositiveInt | None = None
+    #: Whose request it is, if it is a text; see ``gateway.scheduling``.
+    user: Any = None
+    safety_identifier: Any = None
 
     def sampling(self) -> Sampling:
         default = Sampling()
@@ -76,6 +79,11 @@ class Parameters(msgspec.Struct, kw_only=True):
         if "" in stops:
             raise invalid_value("stop", "a stop string must not be empty")
         return stops
+
+    @property
+    def claims(self) -> tuple[Any, ...]:
+        """What may name the client, the more telling first."""
+        return self.user, self.safety_identifier
 
     @property
     def include_usage(self) -> bool:

@@ -293,7 +293,8 @@ def test_serve_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr("supervisor.logs.set_up", lambda level: None)
     result = opta(
         *("serve", "--port", "1234", "--model", "x=/a", "--model", "org/b"),
-        *("--enable-simulated", "--max-sequences", "4", "--context-length", "512"),
+        *("--enable-simulated", "--max-sequences", "2", "--context-length", "512"),
+        *("--max-queue", "9", "--prompt-cache-bytes", "0"),
         *("--models-dir", str(tmp_path / "models"), "--log-level", "warning"),
         env={"OPTA_LMX_ADMIN_KEY": "k"},
     )
@@ -305,7 +306,9 @@ def test_serve_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             models=(ModelSetting(path="/a", id="x"), ModelSetting(path="org/b")),
             models_dir=tmp_path / "models",
             enable_simulated=True,
-            max_sequences=4,
+            max_sequences=2,
+            max_queue=9,
+            prompt_cache_bytes=0,
             context_length=512,
             log_level="warning",
             admin_key="k",

@@ -115,6 +115,7 @@ def test_home_flag(home: Path, tmp_path: Path) -> None:
         ("max_queue = 0", "max_queue"),
         ("threads = 0", "threads"),
         ("context_length = 0", "context_length"),
+        ("prompt_cache_bytes = -1", "prompt_cache_bytes"),
         ("log_level = 'loud'", "log_level"),
         ("beat_timeout_s = 0.5", "beat_timeout_s"),
         ("[[models]]\nid = 'x'", "models"),
@@ -153,9 +154,14 @@ def test_mistakes_in_the_environment_name_the_variable(home: Path, name: str, va
 
 def test_an_empty_variable_counts_as_unset(home: Path) -> None:
     write(home, "port = 1\nmodels = [{path = 'x'}]\n")
-    settings = load(home, port="", models="", config="", threads="")
+    settings = load(home, port="", models="", config="", threads="", prompt_cache_bytes="")
     assert settings.port == 1
     assert settings.models == (ModelSetting(path="x"),)
+    assert settings.prompt_cache_bytes is None
+
+
+def test_no_prompt_cache_is_a_choice(home: Path) -> None:
+    assert load(home, prompt_cache_bytes="0").prompt_cache_bytes == 0
 
 
 @pytest.mark.parametrize("name", ["load", "a//b", "/a", "a/", "../a", "a" * 257, "a\nb"])

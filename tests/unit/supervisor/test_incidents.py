@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.messages import ChatMessage, Generate, Phase, Sampling
+from protocol.messages import ChatMessage, Generate, Phase, Priority, Sampling
 from supervisor import incidents as incidents_module
 from supervisor.casefile import CaseFile
 from supervisor.incidents import Fingerprints, Incident, IncidentStore, stacks_in
@@ -125,7 +125,9 @@ async def test_a_record_of_a_later_version_is_left_as_it_is(tmp_path: Path) -> N
 def test_fingerprints_tell_requests_apart_and_not_what_they_say(tmp_path: Path) -> None:
     prints = Fingerprints(tmp_path)
     request = Generate(1, messages=[ChatMessage("user", "a secret")])
-    same = Generate(2, messages=[ChatMessage("user", "a secret")])
+    same = Generate(
+        2, messages=[ChatMessage("user", "a secret")], client="ann", priority=Priority.HIGH
+    )
     assert prints.of("m", request) == prints.of("m", same)
     assert Fingerprints(tmp_path).of("m", request) == prints.of("m", request)
     others = {

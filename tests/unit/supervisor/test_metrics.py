@@ -19,6 +19,18 @@ def test_events_of_workers() -> None:
     assert metrics.value("opta_lmx_canary_total", {**labels, "outcome": "pass"}) == 1
 
 
+def test_tokens_and_starts() -> None:
+    metrics = Metrics()
+    metrics.tokens("m", prompt=10, completion=3, cached=4)
+    metrics.tokens("m", prompt=10, completion=3, cached=0)
+    metrics.started("m", 0.2)
+    labels = {"model": "m"}
+    assert metrics.value("opta_lmx_prompt_tokens_total", labels) == 20
+    assert metrics.value("opta_lmx_cached_prompt_tokens_total", labels) == 4
+    assert metrics.value("opta_lmx_completion_tokens_total", labels) == 6
+    assert metrics.value("opta_lmx_time_to_start_seconds_sum", labels) == 0.2
+
+
 def test_registries_are_apart() -> None:
     one, other = Metrics(), Metrics()
     one.worker_restarted("m")

@@ -10,6 +10,7 @@ from protocol.messages import (
     FinishReason,
     Generate,
     Rejected,
+    Started,
     ToWorker,
 )
 from supervisor.requests import Delivery, RequestTable
@@ -159,6 +160,70 @@ async def test_letting_go_of_a_parked_request_tells_no_worker(table: RequestTabl
     stream.close()
     table.resume()
     assert second.sent == []
+
+
+async def test_a_start_tells_what_was_cached_and_when() -> None:
+    now = 100.0
+    table = RequestTable(max_stream_buffer_bytes=1000, clock=lambda: now)
+    worker = Worker()
+    stream = open_on(table, worker)
+    assert not stream.has_started
+    now = 103.5
+    table.start(Started(worker.request_id(), 12))
+    table.start(Started(99, 1))
+    assert (stream.cached_tokens, stream.started_after_s) == (12, 3.5)
+
+
+async def test_a_run_that_is_lost_has_not_started(table: RequestTable) -> None:
+    worker = Worker()
+    stream = open_on(table, worker)
+    table.start(Started(worker.request_id(), 12))
+    table.disconnect()
+    table.park(CRASHED)
+    assert (stream.cached_tokens, stream.has_started) == (0, False)
+    assert (len(table), table.sent()) == (1, 0)
+    table.connect(Worker())
+    table.resume()
+    assert table.sent() == 1
+
+
+@pytest.mark.parametrize("end", ["finish", "cancel"])
+async def test_the_wait_for_a_place_follows_the_ends_of_answers(end: str) -> None:
+    now = 0.0
+    table = RequestTable(max_stream_buffer_bytes=1000, clock=lambda: now)
+    worker = Worker()
+    streams = [open_on(table, worker) for _ in range(3)]
+    ids = [worker.request_id(index) for index in range(3)]
+    for number in range(2):
+        now += 30.0
+        table.start(Started(ids[number], 0))
+        if end == "finish":
+            table.deliver([Delta(ids[number], "x", [1], FinishReason.STOP)])
+        else:
+            streams[number].close()
+    assert table.retry_after_s() == pytest.approx(30.0)
+
+
+async def test_what_never_held_a_slot_says_nothing_of_the_pace() -> None:
+    now = 0.0
+    table = RequestTable(max_stream_buffer_bytes=1000, clock=lambda: now)
+    before = table.retry_after_s()
+    worker = Worker()
+    given_up, canary = open_on(table, worker), open_on(table, worker, is_canary=True)
+    refused, lost = open_on(table, worker), open_on(table, worker)
+    for index in (1, 3):
+        table.start(Started(worker.request_id(index), 0))
+    table.deliver([Delta(worker.request_id(3), "x", [1])])
+    await lost.next()
+    refused_id = worker.request_id(2)
+    now = 0.5
+    given_up.close()
+    table.reject(Rejected(refused_id, ErrorCode.INVALID_VALUE, "bad"))
+    canary.close()
+    table.park(CRASHED)
+    assert len(table) == 0
+    assert refused.ended
+    assert table.retry_after_s() == before
 
 
 async def test_everyone_is_answered_when_nothing_will_serve_them(table: RequestTable) -> None:

@@ -97,8 +97,10 @@ async def test_collect_waits_for_the_whole_and_delivers_nothing_before() -> None
 
 async def test_a_restart_forgets_the_first_run() -> None:
     answer = stream()
+    answer.start(5, 0.1)
     answer.push(delta("first run"))
     answer.restart()
+    assert (answer.cached_tokens, answer.has_started) == (0, False)
     answer.push(delta("second", FinishReason.STOP))
     assert await answer.next() == Chunk("second", FinishReason.STOP)
     assert answer.completion_tokens == 1

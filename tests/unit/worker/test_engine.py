@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,12 @@ from protocol.messages import (
     Generate,
     Load,
     Phase,
+    Priority,
     Rejected,
     Sampling,
+    Started,
 )
+from worker.backends.base import SequenceSpec, StepToken
 from worker.backends.simulated import SimulatedBackend
 from worker.engine import Engine
 from worker.vitals import Vitals
@@ -25,10 +29,17 @@ from worker.vitals import Vitals
 class Rig:
     """An engine, its vitals, and a way to run it dry."""
 
-    def __init__(self, path: Path, *, max_sequences: int = 1, **script: object) -> None:
+    def __init__(
+        self,
+        path: Path,
+        backend: SimulatedBackend | None = None,
+        *,
+        max_sequences: int = 1,
+        **script: object,
+    ) -> None:
         file = path / "model.sim.json"
         file.write_text(json.dumps(script))
-        backend = SimulatedBackend()
+        backend = SimulatedBackend() if backend is None else backend
         model = backend.load(
             Load(path=str(file), max_sequences=max_sequences), lambda fraction: None
         )
@@ -38,7 +49,7 @@ class Rig:
     def run(self) -> dict[int, list[Delta]]:
         answers: dict[int, list[Delta]] = {}
         while not self.engine.idle:
-            for delta in self.engine.step():
+            for delta in self.engine.step().deltas:
                 answers.setdefault(delta.request_id, []).append(delta)
         return answers
 
@@ -90,15 +101,110 @@ def test_requests_wait_for_a_slot_in_order(tmp_path: Path) -> None:
         rig.engine.submit(Generate(request_id, prompt="x"))
     order = []
     while not rig.engine.idle:
-        order += [delta.request_id for delta in rig.engine.step()]
+        order += [delta.request_id for delta in rig.engine.step().deltas]
     assert order == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_free_slot_goes_to_the_client_that_has_none(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, tokens=["a"])
+    for request_id in range(1, 6):
+        rig.engine.submit(Generate(request_id, prompt="x", client="busy"))
+    rig.engine.step()
+    rig.engine.submit(Generate(6, prompt="x", client="other"))
+    assert list(rig.run()) == [1, 6, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("ends", ["finish", "cancel"])
+def test_what_has_ended_does_not_count_against_its_client(tmp_path: Path, ends: str) -> None:
+    rig = Rig(tmp_path, tokens=["a"])
+    for request_id, client in enumerate(("a", "a", "b"), 1):
+        rig.engine.submit(Generate(request_id, prompt="x", client=client))
+        rig.engine.step()
+        if ends == "cancel":
+            rig.engine.cancel(request_id)
+        else:
+            rig.run()
+    for request_id, client in enumerate(("b", "a"), 4):
+        rig.engine.submit(Generate(request_id, prompt="x", client=client))
+    assert list(rig.run()) == [5, 4]
+
+
+def test_a_free_slot_goes_to_the_higher_lane(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, tokens=["a"])
+    for request_id, priority in enumerate((Priority.LOW, Priority.NORMAL, Priority.HIGH), 1):
+        rig.engine.submit(Generate(request_id, prompt="x", priority=priority))
+    assert list(rig.run()) == [3, 2, 1]
+
+
+def test_a_request_starts_once_with_its_first_token(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, tokens=["a", "b"])
+    rig.engine.submit(Generate(1, prompt="x"))
+    started = [rig.engine.step().started for _ in range(3)]
+    assert started == [[Started(1, 0)], [], []]
+
+
+class Ahead(SimulatedBackend):
+    """Makes several tokens for a sequence in one step, as speculative decoding does."""
+
+    def step(self) -> list[StepToken]:
+        steps = [super(Ahead, self).step() for _ in range(3)]
+        first = [token._replace(cached_tokens=7) for token in steps[0]]
+        return first + steps[1] + steps[2]
+
+
+def test_what_was_in_the_cache_is_told_at_the_start(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, Ahead(), tokens=["a", "b"])
+    rig.engine.submit(Generate(1, prompt="x"))
+    assert rig.engine.step().started == [Started(1, 7)]
+
+
+def test_several_tokens_of_one_step_are_one_delta(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, Ahead(), max_sequences=2, tokens=["a", "b"], repeat=True)
+    for request_id in (1, 2):
+        rig.engine.submit(Generate(request_id, prompt="x", max_tokens=5))
+    deltas = [rig.engine.step().deltas for _ in range(2)]
+    assert [[(d.request_id, d.text, len(d.tokens)) for d in step] for step in deltas] == [
+        [(1, "aba", 3), (2, "aba", 3)],
+        [(1, "ba", 2), (2, "ba", 2)],
+    ]
+    assert [delta.finish for delta in deltas[1]] == [FinishReason.LENGTH] * 2
+    assert rig.engine.idle
+
+
+@pytest.mark.parametrize(
+    ("limits", "text", "tokens", "finish"),
+    [
+        ({"stop": ["b"]}, "a", 2, FinishReason.STOP),
+        ({"max_tokens": 2}, "ab", 2, FinishReason.LENGTH),
+        ({"stop": ["ab"], "max_tokens": 2}, "", 2, FinishReason.STOP),
+    ],
+)
+def test_tokens_after_the_end_are_dropped(
+    tmp_path: Path, limits: dict[str, Any], text: str, tokens: int, finish: FinishReason
+) -> None:
+    rig = Rig(tmp_path, Ahead(), tokens=["a", "b", "c"], repeat=True)
+    rig.engine.submit(Generate(1, prompt="x", **limits))
+    [delta] = rig.engine.step().deltas
+    assert (delta.text, len(delta.tokens), delta.finish) == (text, tokens, finish)
+    assert rig.engine.idle
+    assert rig.answer(Generate(2, prompt="x", max_tokens=1))[0] == "a"
+
+
+def test_a_token_after_the_models_own_end_is_dropped(tmp_path: Path) -> None:
+    class Babbling(SimulatedBackend):
+        def step(self) -> list[StepToken]:
+            tokens = super().step()
+            return [*tokens, *(t._replace(is_end=False, token=97) for t in tokens if t.is_end)]
+
+    rig = Rig(tmp_path, Babbling(), tokens=["a"])
+    assert rig.answer(Generate(1, prompt="x")) == ("a", FinishReason.STOP, 2)
 
 
 def test_one_step_moves_every_running_sequence(tmp_path: Path) -> None:
     rig = Rig(tmp_path, max_sequences=2, tokens=["a", "b"])
     for request_id in (1, 2):
         rig.engine.submit(Generate(request_id, prompt="x"))
-    assert [delta.request_id for delta in rig.engine.step()] == [1, 2]
+    assert [delta.request_id for delta in rig.engine.step().deltas] == [1, 2]
 
 
 def test_cancelling_a_running_request_lets_the_next_one_in(tmp_path: Path) -> None:
@@ -159,9 +265,28 @@ def test_vitals_tell_phase_and_progress(tmp_path: Path) -> None:
     assert (rig.vitals.phase, rig.vitals.in_hand) == (Phase.PREFILL, 2)
     before = rig.vitals.progress
     rig.engine.step()
-    assert (rig.vitals.phase, rig.vitals.progress) == (Phase.DECODE, before + 1)
+    # One for the prompt that was taken up, one for the step.
+    assert (rig.vitals.phase, rig.vitals.progress) == (Phase.DECODE, before + 2)
     rig.run()
     assert (rig.vitals.phase, rig.vitals.in_hand) == (Phase.IDLE, 0)
+
+
+def test_taking_up_a_prompt_is_prefill_while_others_decode(tmp_path: Path) -> None:
+    seen: list[Phase] = []
+
+    class Watched(SimulatedBackend):
+        def admit(self, spec: SequenceSpec) -> None:
+            seen.append(rig.vitals.phase)
+            super().admit(spec)
+
+    rig = Rig(tmp_path, Watched(), max_sequences=2, tokens=["a"], repeat=True)
+    rig.engine.submit(Generate(1, prompt="x"))
+    rig.engine.step()
+    rig.engine.submit(Generate(2, prompt="x"))
+    rig.vitals.phase = Phase.DECODE
+    rig.engine.step()
+    assert seen == [Phase.PREFILL, Phase.PREFILL]
+    assert rig.vitals.phase is Phase.DECODE
 
 
 def test_a_prompt_that_is_being_encoded_is_work_in_hand(tmp_path: Path) -> None:

@@ -304,7 +304,12 @@ async def test_answer(client: httpx.AsyncClient) -> None:
                 "logprobs": None,
             }
         ],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 3,
+            "total_tokens": 8,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
         "system_fingerprint": "simulated-1.0",
     }
 
@@ -420,7 +425,12 @@ async def test_stream_with_usage(client: httpx.AsyncClient) -> None:
     *chunks, last, done = events(answer.content)
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert last["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 3,
+        "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert done == "[DONE]"
 
 

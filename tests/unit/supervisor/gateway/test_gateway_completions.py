@@ -26,7 +26,12 @@ async def test_answer(client: httpx.AsyncClient, fleet: FakeFleet) -> None:
         "object": "text_completion",
         "model": "m",
         "choices": [{"text": "Hello", "index": 0, "finish_reason": "stop", "logprobs": None}],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 3,
+            "total_tokens": 8,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
         "system_fingerprint": "simulated-1.0",
     }
     assert fleet.requests[0].request.prompt == "Once"

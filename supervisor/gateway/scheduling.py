@@ -1,0 +1,100 @@
+"""What a request says about when it should run: whose it is, in which lane, until when.
+
+The worker's queue takes turns among clients, so who is one has to be guessed from
+what there is. It is only ever a guess: it decides about turns, never about access.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any, NamedTuple
+
+from starlette.requests import Request
+
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Priority
+
+PRIORITY_HEADER = "X-Priority"
+TIMEOUT_HEADER = "X-Request-Timeout"
+CLIENT_HEADER = "X-Client-Id"
+
+#: Longest ``X-Request-Timeout``, in seconds: a day.
+MAX_TIMEOUT_S = 86_400.0
+
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
+
+
+class Terms(NamedTuple):
+    """``timeout_s`` counts from ``arrived`` (``time.perf_counter``); None: no deadline."""
+
+    client: str
+    priority: Priority
+    timeout_s: float | None
+    arrived: float
+
+
+def terms_of(
+    request: Request, arrived: float, *, api_key: str | None, claims: tuple[Any, ...] = ()
+) -> Terms:
+    """See ``client_of``. Raises ``invalid_value`` with the header's name as ``param``."""
+    client = client_of(request, api_key=api_key, claims=claims)
+    return Terms(client, _priority(request), _timeout_s(request), arrived)
+
+
+def client_of(request: Request, *, api_key: str | None, claims: tuple[Any, ...] = ()) -> str:
+    """Name a request's client: a short digest, equal for the same client.
+
+    The first of these that there is: ``X-Client-Id``; of ``claims``, the body's fields
+    for this, the first that is a text; the key that was presented, unless it is
+    ``api_key``, the server's own, which all clients share; the address.
+    """
+    if named := request.headers.get(CLIENT_HEADER):
+        return _digest("header", named)
+    for claim in claims:
+        if isinstance(claim, str) and claim:
+            return _digest("body", claim)
+    if (key := _presented_key(request)) and key != api_key:
+        return _digest("key", key)
+    return _digest("address", request.client.host if request.client is not None else "")
+
+
+def _digest(kind: str, value: str) -> str:
+    # A key must not travel further than it has to, and a name can be of any length.
+    text = f"{kind}\0{value}".encode(errors="surrogatepass")
+    return hashlib.blake2b(text, digest_size=12).hexdigest()
+
+
+def _presented_key(request: Request) -> str:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and (token := token.strip()):
+        return token
+    return request.headers.get("x-api-key", "")
+
+
+def _priority(request: Request) -> Priority:
+    value = request.headers.get(PRIORITY_HEADER)
+    if value is None:
+        return Priority.NORMAL
+    try:
+        return Priority(value.strip().lower())
+    except ValueError:
+        lanes = ", ".join(Priority)
+        raise _invalid(PRIORITY_HEADER, f"one of {lanes}", value) from None
+
+
+def _timeout_s(request: Request) -> float | None:
+    value = request.headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    seconds = float(value) if _SECONDS.fullmatch(value.strip()) else 0.0
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        what = f"a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
+        raise _invalid(TIMEOUT_HEADER, what, value)
+    return seconds
+
+
+def _invalid(header: str, what: str, value: str) -> CodedError:
+    return CodedError(
+        ErrorCode.INVALID_VALUE, f"{header}: must be {what}, not {value[:50]!r}", param=header
+    )

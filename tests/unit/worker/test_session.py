@@ -1,0 +1,164 @@
+"""Between two steps: cancellations at once, new requests within a budget."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol.messages import (
+    Accepted,
+    Cancel,
+    Delta,
+    FinishReason,
+    FromWorker,
+    Generate,
+    Load,
+    Rejected,
+    Shutdown,
+    Started,
+    Step,
+    ToWorker,
+)
+from worker.backends.simulated import SimulatedBackend
+from worker.engine import Engine
+from worker.session import Service
+from worker.vitals import Vitals
+
+
+class ScriptedLink:
+    """Hands out one batch of messages between two steps, then a shutdown; keeps what is sent."""
+
+    def __init__(self, *batches: list[ToWorker]) -> None:
+        self.batches = list(batches)
+        self.sent: list[FromWorker] = []
+
+    def send(self, message: FromWorker) -> None:
+        self.sent.append(message)
+
+    def send_frame(self, frame: bytes) -> None:
+        raise NotImplementedError
+
+    def wait(self) -> ToWorker:
+        while self.batches:
+            if batch := self.batches[0]:
+                return batch.pop(0)
+            self.batches.pop(0)
+        return Shutdown()
+
+    def pending(self) -> Iterator[ToWorker]:
+        yield from self.batches.pop(0) if self.batches else [Shutdown()]
+
+    def about(self, request_id: int) -> list[str]:
+        """What was said about one request, in order."""
+        said = []
+        for message in self.sent:
+            if isinstance(message, Step):
+                said += [
+                    "delta" if delta.finish is None else delta.finish.value
+                    for delta in message.deltas
+                    if delta.request_id == request_id
+                ]
+            elif getattr(message, "request_id", None) == request_id:
+                said.append(type(message).__name__)
+        return said
+
+
+class Tokeniser(SimulatedBackend):
+    """Takes ``cost_s`` on a clock of its own for every prompt."""
+
+    def __init__(self, cost_s: float = 0.0) -> None:
+        super().__init__()
+        self.cost_s = cost_s
+        self.now = 0.0
+
+    def encode_text(self, text: str) -> list[int]:
+        self.now += self.cost_s
+        return super().encode_text(text)
+
+
+def serve(path: Path, link: ScriptedLink, cost_s: float = 0.0, max_sequences: int = 1) -> None:
+    file = path / "model.sim.json"
+    file.write_text(json.dumps({"tokens": ["a"], "repeat": True}))
+    backend = Tokeniser(cost_s)
+    load = Load(path=str(file), max_sequences=max_sequences)
+    engine = Engine(backend, backend.load(load, lambda fraction: None), Vitals())
+    Service(engine, link, clock=lambda: backend.now).run()
+
+
+def steps_before(link: ScriptedLink, kind: type[FromWorker], request_id: int) -> int:
+    """How many steps went out before the first message of a kind about a request."""
+    steps = 0
+    for message in link.sent:
+        if isinstance(message, kind) and getattr(message, "request_id", 0) == request_id:
+            return steps
+        steps += isinstance(message, Step)
+    raise AssertionError(f"no {kind.__name__} for request {request_id}: {link.sent}")
+
+
+def test_a_request_is_accepted_then_started_then_answered(tmp_path: Path) -> None:
+    link = ScriptedLink([Generate(1, prompt="xyz", max_tokens=2)], [], [])
+    serve(tmp_path, link)
+    assert link.sent[:2] == [Accepted(1, 3), Started(1, 0)]
+    assert link.about(1) == ["Accepted", "Started", "delta", "length"]
+
+
+def test_a_refusal_is_sent_and_nothing_else(tmp_path: Path) -> None:
+    link = ScriptedLink([Generate(1, prompt="")], [Generate(2, prompt="x", max_tokens=1)])
+    serve(tmp_path, link)
+    assert isinstance(link.sent[0], Rejected)
+    assert link.about(1) == ["Rejected"]
+    assert link.about(2) == ["Accepted", "Started", "length"]
+
+
+def test_many_that_arrive_at_once_do_not_hold_up_the_running_ones(tmp_path: Path) -> None:
+    first = [Generate(1, prompt="x", client="a")]
+    burst: list[ToWorker] = [Generate(2 + number, prompt="x", client="b") for number in range(5)]
+    link = ScriptedLink([*first], burst, *([] for _ in range(6)))
+    serve(tmp_path, link, cost_s=0.05)
+    # Each takes more than the budget: one between two steps.
+    assert [steps_before(link, Accepted, number) for number in range(2, 7)] == [1, 2, 3, 4, 5]
+
+
+def test_cheap_ones_are_all_taken_between_two_steps(tmp_path: Path) -> None:
+    burst: list[ToWorker] = [Generate(1 + number, prompt="x") for number in range(20)]
+    link = ScriptedLink(burst, [])
+    serve(tmp_path, link, cost_s=0.0001)
+    assert {steps_before(link, Accepted, 1 + number) for number in range(20)} == {0}
+
+
+def test_what_has_arrived_is_taken_in_turns_of_its_clients(tmp_path: Path) -> None:
+    burst: list[ToWorker] = [Generate(1 + number, prompt="x", client="a") for number in range(4)]
+    burst.append(Generate(5, prompt="x", client="b"))
+    link = ScriptedLink(burst, *([] for _ in range(6)))
+    serve(tmp_path, link, cost_s=0.05)
+    accepted = [message.request_id for message in link.sent if isinstance(message, Accepted)]
+    assert accepted == [1, 5, 2, 3, 4]
+
+
+@pytest.mark.parametrize("target", [1, 2, 3])
+def test_a_cancellation_holds_before_the_next_step(tmp_path: Path, target: int) -> None:
+    # One runs, one waits for the slot, one is not even looked at.
+    burst: list[ToWorker] = [Generate(1 + number, prompt="x") for number in range(2)]
+    late: list[ToWorker] = [Generate(3, prompt="x"), Cancel(target)]
+    link = ScriptedLink(burst, [], late, [], [])
+    serve(tmp_path, link, cost_s=0.05)
+    cancelled = Step([Delta(target, "", [], FinishReason.CANCELLED)])
+    assert link.sent.count(cancelled) == 1
+    at = link.sent.index(cancelled)
+    assert link.about(target)[-1] == "cancelled"
+    if target == 1:
+        assert Started(2, 0) in link.sent[at : at + 3], "the slot is free in the next step"
+    if target == 3:
+        assert link.about(3) == ["cancelled"]
+
+
+def test_cancelling_what_is_unknown_is_nothing(tmp_path: Path) -> None:
+    link = ScriptedLink([Generate(1, prompt="x", max_tokens=1), Cancel(9)])
+    serve(tmp_path, link)
+    assert link.about(9) == []
+
+
+def test_a_second_load_is_no_message_for_a_worker(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="one model only"):
+        serve(tmp_path, ScriptedLink([Load(path="x")]))
