@@ -355,6 +355,7 @@ class Actor:
                 backend_version=self.spec.backend_version,
                 settings=settings,
                 server_mark=self._services.server_mark,
+                oom_kills=self._services.oom_kills,
                 case=case,
                 zmq_context=self._services.zmq_context,
                 socket_folder=self._services.sockets.path,

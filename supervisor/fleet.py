@@ -19,6 +19,7 @@ from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.channel import SocketFolder
 from supervisor.compatibility import Record, recommendations
+from supervisor.footprint import OomKills
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.incidents import Fingerprints, Incident, IncidentStore
 from supervisor.ledger import WorkerLedger
@@ -89,6 +90,7 @@ class Fleet:
             zmq_context=self._zmq_context,
             sockets=self._sockets,
             server_mark=server_mark(settings.home),
+            oom_kills=OomKills(),
         )
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
@@ -219,6 +221,7 @@ class Fleet:
         settings = self._services.settings
         watch = MemoryWatch(
             self._actors,
+            self._services.oom_kills,
             interval_s=settings.memory_interval_s,
             low_water=settings.memory_low_water_bytes,
         )

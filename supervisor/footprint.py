@@ -27,6 +27,7 @@ class FootprintMeter:
     """Measures processes again and again. Call it off the event loop, from one thread."""
 
     def __init__(self) -> None:
+        self._processes: dict[int, psutil.Process] = {}
         #: Resident size and footprint at the last thorough look, by pid.
         self._known: dict[int, tuple[int, int]] = {}
 
@@ -34,13 +35,17 @@ class FootprintMeter:
         """Bytes by pid, without those that are gone."""
         sizes = {pid: size for pid in pids if (size := self._size(pid)) is not None}
         self._known = {pid: known for pid, known in self._known.items() if pid in sizes}
+        self._processes = {pid: p for pid, p in self._processes.items() if pid in sizes}
         return sizes
 
     def _size(self, pid: int) -> int | None:
         """Walking the pages of a large process takes milliseconds; asking for its
         resident size microseconds, and mostly nothing has changed."""
         try:
-            resident = int(psutil.Process(pid).memory_info().rss)
+            process = self._processes.get(pid)
+            if process is None:
+                process = self._processes[pid] = psutil.Process(pid)
+            resident = int(process.memory_info().rss)
         except (psutil.Error, OSError):
             return None
         known = self._known.get(pid)
@@ -81,17 +86,33 @@ def available_bytes() -> int:
     return min(available, max(0, limit - used + _page_cache(folder)))
 
 
-def oom_kills() -> int | None:
-    """How often the kernel's OOM killer has struck so far, None where nobody tells.
+class OomKills:
+    """How often the kernel's OOM killer has struck, on the whole host.
 
-    A worker that dies of SIGKILL while this grows was its victim.
+    A worker that dies of SIGKILL while this grows was its victim. Reading it takes a
+    tenth of a millisecond, so it is read for all workers together, now and then.
     """
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return None
-    counts = [int(line.split()[1]) for line in lines if line.startswith("oom_kill ")]
-    return counts[0] if counts else None
+
+    def __init__(self, source: Path = Path("/proc/vmstat")) -> None:
+        self._source = source
+        self._count = self._before = self._read()
+
+    def refresh(self) -> None:
+        """Call it about once a second, from any thread."""
+        self._before, self._count = self._count, self._read()
+
+    def have_grown(self) -> bool:
+        """Whether it struck since the last refresh but one; False where nobody tells."""
+        now = self._read()
+        return now is not None and self._before is not None and now > self._before
+
+    def _read(self) -> int | None:
+        try:
+            text = self._source.read_bytes()
+        except OSError:
+            return None
+        _, found, rest = text.partition(b"\noom_kill ")
+        return int(rest.split(maxsplit=1)[0]) if found else None
 
 
 def _pss(pid: int) -> int:

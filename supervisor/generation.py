@@ -41,7 +41,7 @@ from protocol.messages import (
 )
 from supervisor.casefile import CaseFile
 from supervisor.channel import Channel, ChannelClosed, ChannelFull
-from supervisor.footprint import oom_kills
+from supervisor.footprint import OomKills
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
 from supervisor.marks import kill_marked
 from supervisor.process import WorkerProcess
@@ -80,6 +80,7 @@ class Generation:
         backend_version: str,
         settings: Settings,
         server_mark: str,
+        oom_kills: OomKills,
         case: CaseFile,
         zmq_context: zmq.Context[zmq.Socket[bytes]],
         socket_folder: Path,
@@ -89,7 +90,7 @@ class Generation:
         self.number = number
         self.model: Loaded | None = None
         self.case = case
-        self._oom_kills = oom_kills()
+        self._oom_kills = oom_kills
         self._load = load
         self._backend_version = backend_version
         self._name = name
@@ -247,8 +248,6 @@ class Generation:
         if now - self._watched_at > 5 * WATCH_INTERVAL_S:
             self._watchdog.forgive(now)
         self._watched_at = now
-        # The count is the host's: only what is new at the moment of a death may explain it.
-        self._oom_kills = oom_kills()
         if (reason := self._watchdog.verdict(now)) is not None:
             loading = self._watchdog.phase in {Phase.STARTING, Phase.LOAD}
             kind = FailureKind.LOAD_TIMEOUT if loading else FailureKind.HANG
@@ -300,8 +299,8 @@ class Generation:
     def _was_oom_killed(self) -> bool:
         if self._stopping or self._process.exit_status != -signal.SIGKILL:
             return False
-        now = oom_kills()
-        return now is not None and self._oom_kills is not None and now > self._oom_kills
+        # The count is the host's: only what is new at the moment of a death may explain it.
+        return self._oom_kills.have_grown()
 
     @property
     def phase(self) -> Phase:

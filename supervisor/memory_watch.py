@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from supervisor.actor import Actor
-from supervisor.footprint import FootprintMeter, available_bytes
+from supervisor.footprint import FootprintMeter, OomKills, available_bytes
 from supervisor.memory import judge
 from supervisor.quarantine import FailureKind
 
@@ -18,12 +18,20 @@ log = logging.getLogger(__name__)
 class MemoryWatch:
     """Watches the actors in ``actors``, which its owner changes. Sizes are bytes.
 
-    ``interval_s`` lies between two looks at least; while the host has less than
-    ``low_water`` available, the worker that grew is stopped.
+    Keeps ``oom_kills`` fresh. ``interval_s`` lies between two looks at least; while the
+    host has less than ``low_water`` available, the worker that grew is stopped.
     """
 
-    def __init__(self, actors: Mapping[str, Actor], *, interval_s: float, low_water: int) -> None:
+    def __init__(
+        self,
+        actors: Mapping[str, Actor],
+        oom_kills: OomKills,
+        *,
+        interval_s: float,
+        low_water: int,
+    ) -> None:
         self._actors = actors
+        self._oom_kills = oom_kills
         self._interval_s = interval_s
         self._low_water = low_water
         self._meter = FootprintMeter()
@@ -49,6 +57,7 @@ class MemoryWatch:
             self._judge([(*pids[pid], size) for pid, size in sizes.items()], available)
 
     def _measure(self, pids: Sequence[int]) -> tuple[dict[int, int], int]:
+        self._oom_kills.refresh()
         return self._meter.measure(pids), available_bytes()
 
     def _judge(self, sizes: Sequence[tuple[Actor, int, int]], available: int) -> None:

@@ -8,6 +8,7 @@ import zmq
 
 from supervisor.accounts import AccountStore
 from supervisor.channel import SocketFolder
+from supervisor.footprint import OomKills
 from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.metrics import Metrics
@@ -31,3 +32,4 @@ class Services:
     zmq_context: zmq.Context[zmq.Socket[bytes]]
     sockets: SocketFolder
     server_mark: str
+    oom_kills: OomKills

@@ -22,6 +22,10 @@ class Chunk(NamedTuple):
     finish: FinishReason | None
 
 
+#: Takes a piece of text at once, or says False: its client is behind.
+Sink = Callable[[str], bool]
+
+
 class RequestStream:
     """A running request. One consumer; every method runs on the event loop.
 
@@ -44,6 +48,7 @@ class RequestStream:
         self._finish: FinishReason | None = None
         self._error: CodedError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
         self._delivered = False
         self._closed = False
 
@@ -62,12 +67,22 @@ class RequestStream:
 
     def push(self, delta: Delta) -> None:
         """Add what one step brought; past the buffer's bound the request fails."""
-        if self.ended:
+        if self._finish is not None or self._error is not None:
             return
         self.completion_tokens += len(delta.tokens)
-        if delta.text:
-            self._texts.append(delta.text)
-            self._buffered += len(delta.text)
+        text = delta.text
+        if text:
+            if (
+                self._sink is not None
+                and delta.finish is None
+                # Otherwise the consumer is at work on what came before.
+                and self._waiter is not None
+                and not self._texts
+                and self._sink(text)
+            ):
+                return
+            self._texts.append(text)
+            self._buffered += len(text)
             if self._max_buffer_bytes is not None and self._buffered > self._max_buffer_bytes:
                 self.fail(
                     CodedError(
@@ -78,7 +93,7 @@ class RequestStream:
                 self._on_close()
                 return
         self._finish = delta.finish
-        if delta.text or delta.finish is not None:
+        if text or delta.finish is not None:
             self._wake()
 
     def fail(self, error: CodedError) -> None:
@@ -136,6 +151,16 @@ class RequestStream:
         self._buffered = 0
         self._delivered = True
         return Chunk(text, self._finish)
+
+    def drain_into(self, sink: Sink) -> None:
+        """From now on, while the consumer waits in ``next``, text goes straight to ``sink``.
+
+        Called from within the channel's reader: no task has to wake up for a token.
+        ``next`` then returns only with what the sink did not take, and with the end.
+        Only after ``next`` has returned once.
+        """
+        assert self._delivered
+        self._sink = sink
 
     async def collect(self) -> Chunk:
         """Wait for the whole answer; nothing counts as delivered before it is complete.

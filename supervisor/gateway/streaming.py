@@ -1,8 +1,9 @@
-"""Server-sent events: one wake-up and one send for everything that arrived meanwhile.
+"""Server-sent events: a token is written by whoever read it from the worker.
 
-The loop talks ASGI itself. A general streaming response runs an iterator in a
-task group and passes every chunk through layers that only ever look at the
-first message; at twenty thousand chunks a second that is most of the cost.
+No task wakes up for it while the client keeps up. While it is behind, everything
+that arrives is held back and sent in one piece by the stream's task, which also
+sends the beginning and the end. That task talks ASGI itself: a general streaming
+response passes every chunk through layers that only ever look at the first message.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import FinishReason
 from supervisor.gateway.body import ClientDisconnected
+from supervisor.gateway.connection import BODY_WRITER, BodyWriter
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import coded, error_body
 from supervisor.gateway.generation import cancelled_by_server, release, watch_disconnect
@@ -111,11 +113,13 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keep_alive = _KeepAlive(send, self._gateway.settings.sse_keepalive_s)
+        # Under another server than ours there is none, and all goes through ``send``.
+        body: BodyWriter | None = scope.get(BODY_WRITER)
         end = b""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await _send(send, self._events.first(), more=True)
-            end = await self._relay(send, keep_alive)
+            end = await self._relay(send, body, keep_alive)
         except (ClientDisconnected, OSError):
             self._call.outcome = CLIENT_DISCONNECTED
         except Exception as error:
@@ -133,10 +137,18 @@ class EventStream(Response):
             release(self._gateway, self._call, (self._stream,))
         await _send(send, end, more=False)
 
-    async def _relay(self, send: Send, keep_alive: _KeepAlive) -> bytes:
+    async def _relay(self, send: Send, body: BodyWriter | None, keep_alive: _KeepAlive) -> bytes:
         """Send everything but the end, which is returned."""
         stream, events = self._stream, self._events
         clock = asyncio.get_running_loop().time
+
+        def pass_on(text: str) -> bool:
+            assert body is not None
+            if body.write(events.text(text)):
+                keep_alive.last_sent = clock()
+                return True
+            return False
+
         waiting_for_first = True
         while True:
             text, finish = await stream.next()
@@ -150,6 +162,8 @@ class EventStream(Response):
                     {"type": "http.response.body", "body": events.text(text), "more_body": True}
                 )
                 keep_alive.last_sent = clock()
+                if body is not None:
+                    stream.drain_into(pass_on)
                 continue
             data = events.text(text) if text else b""
             if finish is FinishReason.CANCELLED:

@@ -51,7 +51,7 @@ def test_a_crash_mid_stream_leaves_a_whole_record(server: Server, models_dir: Pa
     assert (incident["phase"], incident["kind"]) == ("decode", "signal")
     assert (incident["exit_status"], incident["signal"]) == (-11, "SIGSEGV")
     assert "Fatal Python error: Segmentation fault" in incident["stacks"]
-    assert "in step" in incident["stacks"]
+    assert "worker/session.py" in incident["stacks"]
     assert len(incident["in_flight"]) == 1
     assert "a secret" not in json.dumps(incident)
     assert [moment["what"] for moment in incident["timeline"]][:4] == [

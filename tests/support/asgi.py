@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 from starlette.types import ASGIApp, Message
 
+from supervisor.gateway.connection import BODY_WRITER
+
 #: Settings by name to an application.
 MakeApp = Callable[..., ASGIApp]
 
@@ -47,7 +49,10 @@ class Exchange:
             "server": ("127.0.0.1", 8000),
             "client": ("127.0.0.1", 5000),
             "headers": [(k.encode(), v.encode("latin-1")) for k, v in sent.items()],
+            BODY_WRITER: self,
         }
+        #: Whether the client is behind: nothing can be written without waiting.
+        self.behind = False
         self.task = asyncio.create_task(self._run(app))
 
     async def _run(self, app: ASGIApp) -> None:
@@ -68,6 +73,15 @@ class Exchange:
         assert not self.ended, "a message after the end of the answer"
         self.messages.append(message)
         self._news.set()
+
+    def write(self, data: bytes) -> bool:
+        """As ``supervisor.gateway.connection.BodyWriter``."""
+        if self.behind:
+            return False
+        assert not self.ended, "a piece after the end of the answer"
+        self.messages.append({"type": "http.response.body", "body": data, "more_body": True})
+        self._news.set()
+        return True
 
     def disconnect(self) -> None:
         self._gone.set()

@@ -124,3 +124,55 @@ async def test_nothing_follows_the_end() -> None:
     answer.push(delta("b"))
     answer.fail(CodedError(ErrorCode.MODEL_CRASHED, "late"))
     assert await answer.next() == Chunk("a", FinishReason.STOP)
+
+
+async def test_a_sink_gets_text_only_while_its_consumer_waits_for_more() -> None:
+    answer = stream(bound=10)
+    taken: list[str] = []
+    behind = False
+
+    def sink(text: str) -> bool:
+        if not behind:
+            taken.append(text)
+        return not behind
+
+    answer.push(delta("a"))
+    assert await answer.next() == Chunk("a", None)
+    answer.drain_into(sink)
+    answer.push(delta("b"))
+    assert taken == [], "the consumer is still at work on what came before"
+    assert await answer.next() == Chunk("b", None)
+    waiting = asyncio.ensure_future(answer.next())
+    await asyncio.sleep(0)
+    answer.push(delta("c"))
+    assert taken == ["c"]
+    behind = True
+    answer.push(delta("d"))
+    behind = False
+    # Never past what is held back.
+    answer.push(delta("e"))
+    assert await waiting == Chunk("de", None)
+    assert taken == ["c"]
+    waiting = asyncio.ensure_future(answer.next())
+    await asyncio.sleep(0)
+    answer.push(delta("f", FinishReason.STOP))
+    assert await waiting == Chunk("f", FinishReason.STOP)
+    assert taken == ["c"], "the end is the consumer's"
+    assert answer.completion_tokens == 6
+
+
+async def test_what_a_sink_does_not_take_is_bounded() -> None:
+    closed = Closed()
+    answer = stream(closed, bound=3)
+    answer.push(delta("a"))
+    await answer.next()
+    answer.drain_into(lambda _text: False)
+    waiting = asyncio.ensure_future(answer.next())
+    await asyncio.sleep(0)
+    for text in "bcde":
+        answer.push(delta(text))
+    assert closed.times == 1
+    assert await waiting == Chunk("bcde", None)
+    with pytest.raises(CodedError) as refused:
+        await answer.next()
+    assert refused.value.code is ErrorCode.STREAM_OVERFLOW

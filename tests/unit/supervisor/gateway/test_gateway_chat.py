@@ -434,7 +434,9 @@ async def test_stream_with_usage(client: httpx.AsyncClient) -> None:
     assert done == "[DONE]"
 
 
-async def test_each_wake_up_is_one_send(app: ASGIApp, fleet: FakeFleet) -> None:
+async def test_a_token_is_one_event_and_what_a_client_is_behind_is_another(
+    app: ASGIApp, fleet: FakeFleet
+) -> None:
     fleet.script = None
     exchange = Exchange(app, "POST", CHAT, json=body(stream=True))
     submitted = await fleet.request()
@@ -444,15 +446,22 @@ async def test_each_wake_up_is_one_send(app: ASGIApp, fleet: FakeFleet) -> None:
     submitted.say("a")
     await exchange.wait_for_messages(3)
     submitted.say("b")
+    assert len(exchange.messages) == 4, "written at once"
+    exchange.behind = True
     submitted.say("c")
-    await exchange.wait_for_messages(4)
-    submitted.say("d", FinishReason.LENGTH)
+    submitted.say("d")
+    assert len(exchange.messages) == 4
+    exchange.behind = False
+    submitted.say("e")
+    await exchange.wait_for_messages(5)
+    submitted.say("f")
+    submitted.say("g", FinishReason.LENGTH)
     await exchange.finish()
     texts = [
         [event["choices"][0]["delta"].get("content") for event in events(part) if event != "[DONE]"]
         for part in exchange.bodies
     ]
-    assert texts == [[""], ["a"], ["bc"], ["d", None]]
+    assert texts == [[""], ["a"], ["b"], ["cde"], ["f"], ["g", None]]
 
 
 async def test_an_error_after_the_first_byte_ends_the_stream(
