@@ -1,8 +1,7 @@
-"""Model directories on MLX, through mlx-lm's batch generator.
+"""Model directories on MLX, through mlx-lm.
 
-The generator works one step ahead: the tokens a step returns were sampled by
-the previous one, while the GPU already computes the next. All calls must come
-from the thread that loaded the model, as MLX keeps streams per thread.
+All calls must come from the thread that loaded the model, as MLX keeps streams
+per thread.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, load_model
 
@@ -28,16 +26,13 @@ from worker.backends.base import (
     SequenceSpec,
     StepToken,
 )
+from worker.backends.mlx_batch import SequenceBatch
 from worker.backends.mlx_files import check_model_directory, trained_context_length, vocab_size
-from worker.backends.mlx_sampling import create_logits_processors, create_sampler
+from worker.backends.mlx_prompts import default_bytes
 from worker.backends.mlx_tokenizer import Tokenizer
 
 #: Bound of the context length when the request names none, in tokens.
 DEFAULT_CONTEXT_LENGTH = 8192
-#: Prompt tokens of one sequence in one step.
-PREFILL_CHUNK = 512
-#: Prompts that are prefilled together.
-PREFILL_SEQUENCES = 4
 
 
 class MlxBackend:
@@ -48,9 +43,7 @@ class MlxBackend:
     version = f"{package_version('mlx-lm')}+mlx{package_version('mlx')}"
 
     def __init__(self) -> None:
-        self._model: Any = None
-        self._generator: Any = None
-        self._sequence_ids: dict[int, int] = {}  # by the generator's uid
+        self._batch: Any = None  # a SequenceBatch once loaded
 
     def load(self, options: Load, report: ReportProgress) -> Loaded:
         if not mx.metal.is_available():
@@ -59,30 +52,31 @@ class MlxBackend:
             mx.disable_compile()
         path = Path(options.path)
         config = check_model_directory(path)
-        self._context_length = _context_length(config, options.context_length)
+        context_length = _context_length(config, options.context_length)
         try:
             model, config = load_model(path, lazy=True, get_model_classes=_model_classes)
-            self._vocab_size = vocab_size(config) or _embedding_rows(model)
-            self._tokenizer = Tokenizer(path, self._vocab_size, config.get("eos_token_id"))
+            rows = vocab_size(config) or _embedding_rows(model)
+            self._tokenizer = Tokenizer(path, rows, config.get("eos_token_id"))
             _check_batching(model, config)
             weights_bytes = _read_weights(model, report)
         except LoadRefused:
             raise
         except Exception as error:
             raise _refusal(path, error) from error
-        self._model = model
-        self._generator = BatchGenerator(
+        kept = options.prompt_cache_bytes
+        self._batch = SequenceBatch(
             model,
-            stop_tokens=[[token] for token in sorted(self._tokenizer.end_tokens)],
-            completion_batch_size=options.max_sequences,
-            prefill_batch_size=min(options.max_sequences, PREFILL_SEQUENCES),
-            prefill_step_size=PREFILL_CHUNK,
+            end_tokens=self._tokenizer.end_tokens,
+            vocab_size=rows,
+            context_length=context_length,
+            max_sequences=options.max_sequences,
+            prompt_cache_bytes=default_bytes() if kept is None else kept,
         )
         return Loaded(
             architecture=config["model_type"],
-            context_length=self._context_length,
+            context_length=context_length,
             max_sequences=options.max_sequences,
-            vocab_size=self._vocab_size,
+            vocab_size=rows,
             has_chat_template=self._tokenizer.has_chat_template,
             weights_bytes=weights_bytes,
         )
@@ -97,41 +91,19 @@ class MlxBackend:
         return self._tokenizer.new_detokenizer()
 
     def admit(self, spec: SequenceSpec) -> None:
-        end_tokens = self._tokenizer.end_tokens
-        (uid,) = self._generator.insert(
-            [list(spec.prompt)],
-            max_tokens=[spec.max_tokens],
-            samplers=[create_sampler(spec.sampling, self._vocab_size)],
-            logits_processors=[create_logits_processors(spec, end_tokens, self._context_length)],
-        )
-        self._sequence_ids[uid] = spec.sequence_id
+        self._batch.admit(spec)
 
     def step(self) -> list[StepToken]:
-        if not self._sequence_ids:
-            return []
-        _, responses = self._generator.next()
-        end_tokens, sequence_ids = self._tokenizer.end_tokens, self._sequence_ids
-        tokens = []
-        for response in responses:
-            uid, token = response.uid, response.token
-            tokens.append(StepToken(sequence_ids[uid], token, token in end_tokens))
-            if response.finish_reason is not None:
-                del sequence_ids[uid]
+        tokens: list[StepToken] = self._batch.step()
         return tokens
 
     def cancel(self, sequence_id: int) -> None:
-        for uid, known in self._sequence_ids.items():
-            if known == sequence_id:
-                self._generator.remove([uid])
-                del self._sequence_ids[uid]
-                return
+        self._batch.cancel(sequence_id)
 
     def close(self) -> None:
-        if self._generator is not None:
-            self._generator.close()
-        self._generator = None
-        self._model = None
-        self._sequence_ids.clear()
+        if self._batch is not None:
+            self._batch.close()
+        self._batch = None
         mx.synchronize()
         # Streams still open at interpreter exit abort the process now and then;
         # without its streams MLX is of no more use, so not before.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import (
@@ -19,38 +21,32 @@ from mlx_lm.sample_utils import (
 )
 
 from protocol.messages import Sampling
-from worker.backends.base import NonFiniteLogits, SequenceSpec
+from worker.backends.base import NonFiniteLogits, SequenceSpec, TokenLogprobs
+from worker.backends.draws import position_seed
+from worker.backends.mlx_mask import MaskProcessor
 
 #: Log probabilities of one step, (1, vocabulary), to the token sampled.
 Sampler = Callable[[mx.array], mx.array]
 #: Tokens so far (prompt and answer) and logits to changed logits.
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
-_MASK64 = (1 << 64) - 1
 #: Below it the library's top-p would drop every token.
 _SMALLEST_TOP_P = 1e-6
 
 
-def position_seed(seed: int, position: int) -> int:
-    """A 64-bit seed for the token at ``position`` of an answer (splitmix64)."""
-    mixed = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return mixed ^ (mixed >> 31)
-
-
-def create_sampler(sampling: Sampling, vocab_size: int) -> Sampler:
+def create_sampler(spec: SequenceSpec, vocab_size: int) -> Sampler:
     """A sampler for one sequence, called once per token in order.
 
     Each draw is keyed by seed and position alone. Greedy sequences share one
     function: the generator then samples them in one call.
     """
+    sampling = spec.sampling
     if sampling.temperature <= 0:
         return greedy_sampler
     filters = _filters(sampling, vocab_size)
     scale = 1.0 / sampling.temperature
     seed = random.getrandbits(64) if sampling.seed is None else sampling.seed
-    position = 0
+    position = spec.sampled
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal position
@@ -65,7 +61,7 @@ def create_sampler(sampling: Sampling, vocab_size: int) -> Sampler:
 
 
 def create_logits_processors(
-    spec: SequenceSpec, end_tokens: Iterable[int], context_length: int
+    spec: SequenceSpec, end_tokens: Collection[int], context_length: int
 ) -> list[LogitsProcessor]:
     """The changes to one sequence's logits, in the order they apply."""
     sampling = spec.sampling
@@ -79,14 +75,50 @@ def create_logits_processors(
         processors += make_logits_processors(logit_bias=bias)
     if sampling.repetition_penalty != 1.0:
         processors.append(make_repetition_penalty(sampling.repetition_penalty, context_length))
-    prompt_length = len(spec.prompt)
+    prompt_length = len(spec.prompt) - spec.sampled
     if sampling.presence_penalty:
         penalty = make_presence_penalty(sampling.presence_penalty, context_length)
         processors.append(_answer_only(penalty, prompt_length))
     if sampling.frequency_penalty:
         penalty = make_frequency_penalty(sampling.frequency_penalty, context_length)
         processors.append(_answer_only(penalty, prompt_length))
+    if spec.mask is not None:
+        processors.append(MaskProcessor(spec.mask, spec, end_tokens))
     return processors
+
+
+class LogprobsTap:
+    """Takes down what the model itself makes of each token; to be the first processor.
+
+    The generator runs a step ahead: rows wait here until their token is told.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._rows: deque[mx.array] = deque()
+
+    def __call__(self, _tokens: mx.array, logits: mx.array) -> mx.array:
+        values = logits.astype(mx.float32)
+        row = values - mx.logsumexp(values, axis=-1, keepdims=True)
+        evaluate: Any = mx.async_eval  # untyped
+        evaluate(row)
+        self._rows.append(row)
+        return logits
+
+    def take(self, token: int) -> TokenLogprobs:
+        """For the next token in order, which is ``token``: its own, and the likeliest."""
+        # On the GPU this would wait for the step that runs ahead.
+        with mx.stream(mx.cpu):
+            logprobs = self._rows.popleft()[0]
+            own = float(logprobs[token].item())  # type: ignore[arg-type]
+            count = min(self._count, logprobs.size)
+            if not count:
+                return TokenLogprobs(own, [])
+            likeliest = mx.argpartition(-logprobs, kth=count - 1)[:count]
+            tokens: Any = likeliest.tolist()
+            values: Any = logprobs[likeliest].tolist()
+        top: list[tuple[int, float]] = list(zip(tokens, values, strict=True))
+        return TokenLogprobs(own, sorted(top, key=lambda each: -each[1]))
 
 
 def _filters(sampling: Sampling, vocab_size: int) -> list[Callable[[mx.array], mx.array]]:

@@ -1,0 +1,223 @@
+"""All sequences of a model in mlx-lm's batch generator, sharing what begins alike.
+
+A sequence starts from the KV cache of what its prompt has in common with an earlier
+one or with one that runs. If it would soon have more in common with one whose prompt
+is just being computed, it waits for that: prompts that arrive together compute what
+they share once.
+
+The generator works one step ahead: the tokens of a step were sampled by the previous
+one, while the GPU already computes the next. A sequence's KV cache holds its prompt
+and all tokens that it has returned, the last one included.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+
+from worker.backends.base import SequenceSpec, StepToken
+from worker.backends.mlx_prompts import (
+    KVCaches,
+    PromptCache,
+    Snapshot,
+    Tokens,
+    can_always_trim,
+    common_length,
+)
+from worker.backends.mlx_sampling import (
+    LogprobsTap,
+    create_logits_processors,
+    create_sampler,
+)
+
+#: Prompt tokens of one sequence in one step.
+PREFILL_CHUNK = 512
+#: Prompt tokens in a step that other sequences wait for: more would hold up their
+#: streams, and a chunk of this size is computed at nearly the speed of a longer one.
+SHARED_PREFILL = 128
+#: Prompts that are prefilled together.
+PREFILL_SEQUENCES = 4
+#: Tokens that must be saved for a sequence to wait, or for a running one to be copied.
+WORTH_SHARING = 64
+
+
+@dataclass(slots=True)
+class _Sequence:
+    spec: SequenceSpec
+    prompt: Tokens
+    cached: int = 0  # tokens of the prompt that were found
+    computed: int = 0  # tokens of the prompt in the KV cache, with those found
+    stops: list[int] = field(default_factory=list)  # where a snapshot will be taken
+    logprobs: LogprobsTap | None = None
+    begun: bool = False  # has a token
+
+
+class SequenceBatch:
+    """The sequences of one model. The methods are those of ``base.Backend``."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        end_tokens: frozenset[int],
+        vocab_size: int,
+        context_length: int,
+        max_sequences: int,
+        prompt_cache_bytes: int,
+    ) -> None:
+        self._end_tokens = end_tokens
+        self._vocab_size = vocab_size
+        self._context_length = context_length
+        self._kept = PromptCache(prompt_cache_bytes) if prompt_cache_bytes > 0 else None
+        self._trims = can_always_trim(model, context_length)
+        self._waiting: dict[int, _Sequence] = {}  # by sequence id
+        self._running: dict[int, _Sequence] = {}  # by the generator's uid
+        self._generator: Any = BatchGenerator(
+            model,
+            stop_tokens=[[token] for token in sorted(end_tokens)],
+            completion_batch_size=max_sequences,
+            prefill_batch_size=min(max_sequences, PREFILL_SEQUENCES),
+            prefill_step_size=PREFILL_CHUNK,
+        )
+
+    def admit(self, spec: SequenceSpec) -> None:
+        # Only the next step knows what arrived together.
+        self._waiting[spec.sequence_id] = _Sequence(spec, array("i", spec.prompt))
+
+    def step(self) -> list[StepToken]:
+        if self._waiting:
+            self._place_waiting()
+        if not self._running:
+            return []
+        self._generator.prefill_step_size = self._chunk()
+        prompts, responses = self._generator.next()
+        for response in prompts:
+            self._prefilled(response.uid, response.progress[0])
+        return [self._sampled(response) for response in responses]
+
+    def cancel(self, sequence_id: int) -> None:
+        if self._waiting.pop(sequence_id, None) is not None:
+            return
+        for uid, sequence in self._running.items():
+            if sequence.spec.sequence_id == sequence_id:
+                if self._kept is not None:
+                    self._kept.keep(self._snapshot(uid))
+                self._generator.remove([uid])
+                del self._running[uid]
+                return
+
+    def close(self) -> None:
+        self._generator.close()
+        self._waiting.clear()
+        self._running.clear()
+        if self._kept is not None:
+            self._kept.clear()
+
+    # --- into the generator -------------------------------------------------------
+
+    def _place_waiting(self) -> None:
+        for sequence_id, sequence in list(self._waiting.items()):
+            if self._kept is None:
+                found, caches = 0, None
+            else:
+                best, found = self._kept.find(sequence.prompt)
+                uid, running, soon = self._running_alike(sequence.prompt)
+                if soon >= max(found, running) + WORTH_SHARING:
+                    continue
+                if running >= found + WORTH_SHARING:
+                    best, found = self._snapshot(uid), running
+                    self._kept.keep(best)
+                caches = None if best is None else best.beginning(found)
+            del self._waiting[sequence_id]
+            self._place(sequence, found, caches)
+
+    def _running_alike(self, prompt: Tokens) -> tuple[int, int, int]:
+        """What running sequences have of a prompt: whose has most, how much, and how much soon."""
+        uid, most, soon = -1, 0, 0
+        for each, other in self._running.items():
+            common = min(common_length(other.prompt, prompt), len(prompt) - 1)
+            if self._trims:
+                soon = max(soon, common)
+                if min(common, other.computed) > most:
+                    uid, most = each, min(common, other.computed)
+            else:
+                soon = max([soon, *(stop for stop in other.stops if stop <= common)])
+        return uid, most, soon
+
+    def _place(self, sequence: _Sequence, found: int, caches: KVCaches | None) -> None:
+        spec, prompt = sequence.spec, sequence.prompt.tolist()
+        sequence.cached = sequence.computed = found
+        if self._kept is not None and not self._trims:
+            sequence.stops = self._stops(sequence, found)
+        cuts = [found, *(stop for stop in sequence.stops if stop < len(prompt) - 1), len(prompt)]
+        processors = create_logits_processors(spec, self._end_tokens, self._context_length)
+        if spec.top_logprobs is not None:
+            sequence.logprobs = LogprobsTap(spec.top_logprobs)
+            processors.insert(0, sequence.logprobs)
+        (uid,) = self._generator.insert_segments(
+            [[prompt[start:end] for start, end in pairwise(cuts)]],
+            max_tokens=[spec.max_tokens],
+            caches=[caches],
+            all_tokens=[prompt[:found]],
+            samplers=[create_sampler(spec, self._vocab_size)],
+            logits_processors=[processors],
+        )
+        self._running[uid] = sequence
+
+    def _stops(self, sequence: _Sequence, found: int) -> list[int]:
+        """Where to take snapshots of a prompt whose cache cannot be cut back later.
+
+        At its end, for the next turn of a conversation and for the same prompt again,
+        and where it parts from another prompt: a third may begin as both do.
+        """
+        assert self._kept is not None
+        others = [*self._running.values(), *self._waiting.values()]
+        shared = [common_length(other.prompt, sequence.prompt) for other in others]
+        fork = max([self._kept.common(sequence.prompt), *shared])
+        end = len(sequence.prompt) - 1
+        stops = [fork] if found + WORTH_SHARING <= fork < end else []
+        return [*stops, end] if end > found else stops
+
+    def _chunk(self) -> int:
+        """Tokens of each prompt in the next step."""
+        prefilling = sum(each.computed < len(each.prompt) for each in self._running.values())
+        if prefilling == len(self._running):
+            return PREFILL_CHUNK
+        return SHARED_PREFILL // min(max(prefilling, 1), PREFILL_SEQUENCES)
+
+    # --- out of it ----------------------------------------------------------------
+
+    def _prefilled(self, uid: int, computed: int) -> None:
+        """``computed`` tokens of the part of the prompt that was not found are in the cache."""
+        sequence = self._running[uid]
+        sequence.computed = sequence.cached + computed
+        if self._kept is not None and sequence.computed in sequence.stops:
+            sequence.stops.remove(sequence.computed)
+            self._kept.keep(self._snapshot(uid))
+
+    def _sampled(self, response: Any) -> StepToken:
+        uid, token = response.uid, response.token
+        sequence = self._running[uid]
+        sampled = StepToken(
+            sequence.spec.sequence_id,
+            token,
+            token in self._end_tokens,
+            0 if sequence.begun else sequence.cached,
+            None if sequence.logprobs is None else sequence.logprobs.take(token),
+        )
+        sequence.begun = True
+        if response.finish_reason is not None:
+            del self._running[uid]
+            if self._kept is not None:
+                self._kept.keep(Snapshot.of(response.all_tokens, response.prompt_cache))
+        return sampled
+
+    def _snapshot(self, uid: int) -> Snapshot:
+        with mx.stream(self._generator.stream):
+            caches, tokens = self._generator.extract_cache([uid])[uid]
+        return Snapshot.of(tokens, caches)
