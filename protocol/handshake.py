@@ -27,7 +27,8 @@ class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
     ``data_endpoint`` and ``beat_endpoint`` are two socket pairs because a zmq
     socket belongs to one thread: the engine owns the first, the I/O thread that
     beats the second. ``death_fd`` is the read end of a pipe whose write end only
-    the supervisor holds.
+    the supervisor holds. A beat follows a change within ``beat_interval_s``; while
+    nothing changes, one comes about every ``quiet_beat_interval_s``.
     """
 
     data_endpoint: str
@@ -38,6 +39,7 @@ class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
     parent_pid: int
     death_fd: int
     beat_interval_s: float
+    quiet_beat_interval_s: float
 
 
 def encode_boot(boot: WorkerBoot) -> str:

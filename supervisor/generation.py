@@ -124,6 +124,7 @@ class Generation:
                 parent_pid=os.getpid(),
                 death_fd=death_read,
                 beat_interval_s=settings.beat_interval_s,
+                quiet_beat_interval_s=settings.beat_timeout_s / 4,
             )
             self._process = WorkerProcess(
                 self._boot,
@@ -145,7 +146,7 @@ class Generation:
             now,
         )
         self._watched_at = now
-        self._watch_timer = self._loop.call_later(WATCH_INTERVAL_S, self._watch)
+        self._watch_timer = self._watch_later()
 
     @property
     def pid(self) -> int:
@@ -254,7 +255,12 @@ class Generation:
             self._condemned = True
             self._start(self._fail_hung(kind, reason))
             return
-        self._watch_timer = self._loop.call_later(WATCH_INTERVAL_S, self._watch)
+        self._watch_timer = self._watch_later()
+
+    def _watch_later(self) -> asyncio.TimerHandle:
+        # All generations at the same moments: one wake-up for them.
+        now = self._loop.time()
+        return self._loop.call_at(now - now % WATCH_INTERVAL_S + WATCH_INTERVAL_S, self._watch)
 
     async def _fail_hung(self, kind: FailureKind, reason: str) -> None:
         self._process.dump_stacks()

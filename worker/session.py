@@ -46,7 +46,7 @@ def run(boot: WorkerBoot) -> int:
     vitals = Vitals()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = DataLink(context, boot.data_endpoint)
-    heart = Heart(context, boot.beat_endpoint, vitals, boot.beat_interval_s)
+    heart = Heart(context, boot, vitals)
     heart.start()
     try:
         return _load_and_serve(boot, link, vitals)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 
 import zmq
 
 from protocol.codec import Encoder, ToWorkerDecoder
-from protocol.messages import FromWorker, ToWorker
+from protocol.handshake import WorkerBoot
+from protocol.messages import Beat, FromWorker, ToWorker
 from worker.vitals import Vitals
 
 #: How long a closing socket may still deliver its last messages.
@@ -58,27 +60,29 @@ class Heart(threading.Thread):
     """The I/O thread: sends a beat now and then, whatever the main thread does."""
 
     def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        endpoint: str,
-        vitals: Vitals,
-        interval_s: float,
+        self, context: zmq.Context[zmq.Socket[bytes]], boot: WorkerBoot, vitals: Vitals
     ) -> None:
         super().__init__(name="heart", daemon=True)
         self._context = context
-        self._endpoint = endpoint
+        self._boot = boot
         self._vitals = vitals
-        self._interval_s = interval_s
         self._stop_requested = threading.Event()
 
     def run(self) -> None:
-        socket = _connect(self._context, self._endpoint)
+        socket = _connect(self._context, self._boot.beat_endpoint)
         encode = Encoder()
+        interval_s = self._boot.beat_interval_s
+        last: Beat | None = None
+        quiet_until = 0.0
         while not self._stop_requested.is_set():
-            # A supervisor that does not read loses beats; it never blocks the thread.
-            with contextlib.suppress(zmq.Again):
-                socket.send(encode(self._vitals.beat()), zmq.NOBLOCK)
-            self._stop_requested.wait(self._interval_s)
+            beat, now = self._vitals.beat(), time.monotonic()
+            if beat != last or now >= quiet_until:
+                # A supervisor that does not read loses beats; it never blocks the thread.
+                with contextlib.suppress(zmq.Again):
+                    socket.send(encode(beat), zmq.NOBLOCK)
+                last, quiet_until = beat, now + self._boot.quiet_beat_interval_s
+            # All workers at the same moments: the supervisor wakes up once for them.
+            self._stop_requested.wait(interval_s - now % interval_s)
         socket.close(linger=0)
 
     def stop(self) -> None:

@@ -105,7 +105,7 @@ def drain(backend: Backend, running: dict[int, SequenceSpec]) -> dict[int, Token
         step = backend.step()
         seen = [token.sequence_id for token in step]
         assert len(seen) == len(set(seen)), "two tokens for a sequence in one step"
-        for sequence_id, token, is_end in step:
+        for sequence_id, token, is_end, *_ in step:
             answers[sequence_id].append(token)
             assert is_end or token != END
             if is_end or len(answers[sequence_id]) == running[sequence_id].max_tokens:
@@ -213,7 +213,7 @@ def test_cancel_leaves_the_others_alone(backend: Backend) -> None:
         backend.admit(each)
     answers: dict[int, Tokens] = {i: [] for i in specs}
     while len(answers[3]) < 5:
-        for sequence_id, token, _ in backend.step():
+        for sequence_id, token, *_ in backend.step():
             answers[sequence_id].append(token)
     backend.cancel(1)
     successor = spec([9, 8], sequence_id=77)
@@ -243,7 +243,7 @@ def test_cancel_of_an_unknown_sequence_is_ignored(backend: Backend) -> None:
 
 
 def test_long_prompt_comes_in_chunks_between_the_steps_of_others(backend: Backend) -> None:
-    running, long = spec(sequence_id=1, max_tokens=60), spec([7] * 1500, sequence_id=2)
+    running, long = spec(sequence_id=1, max_tokens=60), spec([11] * 1500, sequence_id=2)
     backend.admit(running)
     while not backend.step():
         pass

@@ -56,7 +56,7 @@ def write_tiny_gguf(
     vocab = tiny_vocab()
     writer = gguf.GGUFWriter(path, architecture)
     _add_shape(writer, shape, vocab)
-    _add_tokenizer(writer, vocab)
+    add_tokenizer(writer, vocab)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     tensors = tiny_weights(shape, vocab, seed=seed, extra_rows=extra_embedding_rows, flaw=flaw)
@@ -84,7 +84,8 @@ def _add_shape(writer: gguf.GGUFWriter, shape: Shape, vocab: TinyVocab) -> None:
     writer.add_rope_freq_base(shape.rope_base)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, vocab: TinyVocab) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, vocab: TinyVocab) -> None:
+    """Add the metadata of the shared tokenizer."""
     kinds = dict.fromkeys(CONTROL_TOKENS, gguf.TokenType.CONTROL)
     kinds |= dict.fromkeys(MARKER_TOKENS, gguf.TokenType.USER_DEFINED)
     writer.add_tokenizer_model("gpt2")

@@ -24,6 +24,8 @@ class Vocabulary:
         self.end_tokens = frozenset(
             token for token in range(self.size) if llama_cpp.llama_vocab_is_eog(vocab, token)
         )
+        #: The one to end an answer with.
+        self.end_token = self._choose_end(llama_cpp.llama_vocab_eos(vocab))
         self.suppressed_tokens = self._read_suppressed()
         self._bos = llama_cpp.llama_vocab_bos(vocab)
         self._add_bos = llama_cpp.llama_vocab_get_add_bos(vocab) and self._bos != _NO_TOKEN
@@ -78,6 +80,9 @@ class Vocabulary:
             return ""
         text: bytes = llama_cpp.llama_vocab_get_text(self._vocab, token)
         return text.decode(errors="replace")
+
+    def _choose_end(self, eos: int) -> int:
+        return eos if eos in self.end_tokens else min(self.end_tokens, default=0)
 
     def _read_suppressed(self) -> frozenset[int]:
         count = ctypes.c_int32()

@@ -21,6 +21,7 @@ BOOT = WorkerBoot(
     parent_pid=1,
     death_fd=9,
     beat_interval_s=1.0,
+    quiet_beat_interval_s=5.0,
 )
 HELLO = Hello(PROTOCOL_VERSION, "secret", 42, 3, "llama", "0.3.36")
 

@@ -1,0 +1,548 @@
+"""Sequences on llama.cpp share one KV cache: nobody's answer shows it."""
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from protocol.messages import Load, Sampling
+from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_mamba import write_tiny_mamba
+from tests.support.tiny_vocab import TURN_END, tiny_vocab
+from worker.backends.base import Backend, SequenceSpec, StepToken
+
+pytest.importorskip("llama_cpp")
+from worker.backends.llama import LlamaBackend
+
+SEQUENCES = 4
+CONTEXT = 512
+VOCAB = len(tiny_vocab())
+END = tiny_vocab().id_of(TURN_END)
+GREEDY = Sampling(temperature=0)
+SEEDED = Sampling(temperature=2.0, seed=11)
+PENALISED = Sampling(
+    temperature=1.5, seed=3, frequency_penalty=0.7, presence_penalty=0.4, repetition_penalty=1.3
+)
+
+Tokens = list[int]
+
+
+@contextmanager
+def loaded(path: Path, **options: Any) -> Iterator[Backend]:
+    backend = LlamaBackend()
+    wanted = {"context_length": CONTEXT, "max_sequences": SEQUENCES, "threads": 1} | options
+    backend.load(Load(str(path), **wanted), lambda _fraction: None)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def backend(tiny_gguf: Path) -> Iterator[Backend]:
+    with loaded(tiny_gguf) as fresh:
+        yield fresh
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_gguf: Path) -> Iterator[Backend]:
+    """One sequence at a time, and nothing of it is kept."""
+    with loaded(tiny_gguf, max_sequences=1, prompt_cache_bytes=0) as reference:
+        yield reference
+
+
+class Case(NamedTuple):
+    """A model, how it is sampled, and a backend that runs one sequence at a time."""
+
+    path: Path
+    sampling: Sampling
+    alone: Backend
+
+
+@pytest.fixture(scope="module")
+def cases(
+    tiny_gguf: Path, alone: Backend, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Case]]:
+    """Greedy on a model whose answers show what is in the cache.
+
+    Draws and penalties on one without preferences: in another batch the logits
+    differ in the last bits, which is enough to turn a draw now and then.
+    """
+    path = write_tiny_gguf(tmp_path_factory.mktemp("level") / "stuck.gguf", flaw="stuck")
+    with loaded(path, max_sequences=1, prompt_cache_bytes=0) as level:
+        yield {
+            "greedy": Case(tiny_gguf, GREEDY, alone),
+            "seeded": Case(path, SEEDED, level),
+            "penalised": Case(path, PENALISED, level),
+        }
+
+
+KINDS = ["greedy", "seeded", "penalised"]
+
+
+def text(length: int, seed: int) -> Tokens:
+    """A prompt that has its very first token from its seed."""
+    dice = random.Random(seed)
+    return [50 + seed % 200, *(dice.randrange(50, 250) for _ in range(length - 1))]
+
+
+def spec(prompt: Tokens, *, max_tokens: int = 8, **options: Any) -> SequenceSpec:
+    values: dict[str, Any] = {"sequence_id": 1, "sampling": GREEDY, "ignore_eos": True} | options
+    return SequenceSpec(prompt=prompt, max_tokens=max_tokens, **values)
+
+
+def run(backend: Backend, *specs: SequenceSpec) -> dict[int, list[StepToken]]:
+    """Admit all at once and step until all are gone."""
+    for each in specs:
+        backend.admit(each)
+    return drain(backend, specs)
+
+
+def drain(backend: Backend, specs: Iterable[SequenceSpec]) -> dict[int, list[StepToken]]:
+    answers: dict[int, list[StepToken]] = {each.sequence_id: [] for each in specs}
+    left = {each.sequence_id: each.max_tokens for each in specs}
+    while left:
+        for token in backend.step():
+            answers[token.sequence_id].append(token)
+            left[token.sequence_id] -= 1
+            if token.is_end or not left[token.sequence_id]:
+                del left[token.sequence_id]
+    assert backend.step() == []
+    return answers
+
+
+def tokens(answer: Iterable[StepToken]) -> Tokens:
+    return [token.token for token in answer]
+
+
+def answer(backend: Backend, each: SequenceSpec) -> Tokens:
+    return tokens(run(backend, each)[each.sequence_id])
+
+
+def assert_as_alone(made: Tokens, alone: Backend, each: SequenceSpec) -> None:
+    """``made`` is what ``each`` begins with when nothing else runs.
+
+    A greedy answer may part from that where two tokens are as good as equally
+    likely: in another batch the logits differ in their last bits.
+    """
+    expected = run(alone, replace(each, max_tokens=len(made), top_logprobs=2))[each.sequence_id]
+    for token, known in zip(made, expected, strict=True):
+        if token != known.token:
+            assert each.sampling == GREEDY
+            assert known.logprobs is not None
+            (first, best), (second, next_best) = known.logprobs.top
+            assert {token, known.token} == {first, second}
+            assert best - next_best < 0.01
+            return
+
+
+def cached(backend: Backend, each: SequenceSpec) -> int:
+    """How much of the prompt was found; told once, with the first token."""
+    first, *rest = run(backend, each)[each.sequence_id]
+    assert not any(token.cached_tokens for token in rest)
+    return first.cached_tokens
+
+
+# --- one pool for all ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt_cache_bytes", [None, 0], ids=["restored", "recomputed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_has_to_give_up_its_cells_answers_as_alone(
+    cases: dict[str, Case], kind: str, prompt_cache_bytes: int | None
+) -> None:
+    path, sampling, alone = cases[kind]
+    specs = [
+        spec(text(40 + 9 * i, i), sequence_id=i, max_tokens=180 - 7 * i, sampling=sampling)
+        for i in range(SEQUENCES)
+    ]
+    with loaded(path, prompt_cache_bytes=prompt_cache_bytes) as backend:
+        assert sum(len(each.prompt) + each.max_tokens for each in specs) > CONTEXT
+        answers = run(backend, *specs)
+    for each in specs:
+        assert len(answers[each.sequence_id]) == each.max_tokens
+        assert_as_alone(tokens(answers[each.sequence_id]), alone, each)
+
+
+def test_the_oldest_goes_on_while_the_youngest_waits(backend: Backend) -> None:
+    specs = [spec(text(50, i), sequence_id=i, max_tokens=300) for i in range(SEQUENCES)]
+    for each in specs:
+        backend.admit(each)
+    order: Tokens = []
+    left = {each.sequence_id: each.max_tokens for each in specs}
+    preempted = set()
+    while left:
+        oldest = min(left)
+        seen = {token.sequence_id for token in backend.step()}
+        assert not seen or oldest in seen
+        for i in seen:
+            left[i] -= 1
+            if not left[i]:
+                del left[i]
+                order.append(i)
+        begun = {i for i, count in left.items() if count < 300}
+        preempted |= begun - seen
+    assert order == sorted(order)
+    assert preempted == {1, 2, 3}
+
+
+def test_the_pool_is_no_larger_than_one_context(tiny_gguf: Path, alone: Backend) -> None:
+    with loaded(tiny_gguf, max_sequences=2) as backend:
+        whole = [spec(text(CONTEXT - 2, i), sequence_id=i, max_tokens=2) for i in range(2)]
+        answers = run(backend, *whole)
+    for each in whole:
+        assert_as_alone(tokens(answers[each.sequence_id]), alone, each)
+
+
+def test_cancel_of_one_that_waits_for_room(backend: Backend, alone: Backend) -> None:
+    specs = [spec(text(150, i), sequence_id=i, max_tokens=100) for i in range(SEQUENCES)]
+    for each in specs:
+        backend.admit(each)
+    answers: dict[int, Tokens] = {i: [] for i in range(SEQUENCES)}
+    for _ in range(60):
+        for token in backend.step():
+            answers[token.sequence_id].append(token.token)
+    backend.cancel(3)
+    backend.cancel(1)
+    left = [replace(specs[i], max_tokens=100 - len(answers[i])) for i in (0, 2)]
+    rest = drain(backend, left)
+    for i in (0, 2):
+        assert_as_alone(answers[i] + tokens(rest[i]), alone, specs[i])
+
+
+def test_what_has_ended_makes_room_for_what_runs(backend: Backend) -> None:
+    long = spec(text(100, 1), sequence_id=1, max_tokens=400)
+    answers = run(backend, long, spec(text(250, 2), sequence_id=2, max_tokens=3))
+    assert [len(answers[i]) for i in (1, 2)] == [400, 3]
+
+
+def test_a_prompt_starts_as_soon_as_there_is_room(backend: Backend) -> None:
+    specs = [
+        spec(text(100, 0), sequence_id=0, max_tokens=300),
+        spec(text(250, 1), sequence_id=1, max_tokens=20),
+        spec(text(200, 2), sequence_id=2, max_tokens=5),
+    ]
+    for each in specs:
+        backend.admit(each)
+    order = [token.sequence_id for _ in range(60) for token in backend.step()]
+    assert order.count(1) == 20
+    assert order.count(2) == 5
+    assert order.index(2) > len(order) - order[::-1].index(1) - 1
+
+
+# --- draws --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("done", [1, 2, 17, 29])
+def test_an_answer_taken_up_again_goes_on_the_same(
+    cases: dict[str, Case], kind: str, done: int
+) -> None:
+    _, sampling, backend = cases[kind]
+    prompt = text(20, 5)
+    whole = answer(backend, spec(prompt, max_tokens=30, sampling=sampling))
+    rest = spec(prompt + whole[:done], max_tokens=30 - done, sampling=sampling, sampled=done)
+    assert answer(backend, rest) == whole[done:]
+
+
+def test_draws_at_different_positions_differ(cases: dict[str, Case]) -> None:
+    hot = Sampling(temperature=9, seed=1)
+    drawn = answer(cases["seeded"].alone, spec([5], max_tokens=60, sampling=hot))
+    assert len(set(drawn)) > 40
+
+
+# --- prefixes -----------------------------------------------------------------
+
+
+def test_the_next_turn_computes_the_new_turn_only(backend: Backend, alone: Backend) -> None:
+    conversation = text(60, 1)
+    for turn in range(4):
+        each = spec(conversation, max_tokens=10)
+        first, *rest = run(backend, each)[1]
+        # All but the last token of the answer before, which nobody has computed.
+        assert first.cached_tokens == (len(conversation) - 5 - 1 if turn else 0)
+        made = [first.token, *tokens(rest)]
+        assert_as_alone(made, alone, each)
+        conversation += made + text(5, turn)
+
+
+def test_conversations_in_turns_keep_their_hits(backend: Backend) -> None:
+    conversations = [text(50 + 10 * i, i) for i in range(5)]
+    for turn in range(3):
+        for conversation in conversations:
+            each = spec(conversation, max_tokens=6)
+            first, *rest = run(backend, each)[1]
+            assert first.cached_tokens == (len(conversation) - 4 - 1 if turn else 0)
+            conversation += [first.token, *tokens(rest), *text(4, turn)]
+
+
+def test_requests_that_arrive_together_share_their_system_prompt(
+    backend: Backend, alone: Backend
+) -> None:
+    system = text(200, 1)
+    specs = [spec(system + text(10, 20 + i), sequence_id=i) for i in range(SEQUENCES)]
+    answers = run(backend, *specs)
+    assert [answers[i][0].cached_tokens for i in range(SEQUENCES)] == [0, 200, 200, 200]
+    for each in specs:
+        assert_as_alone(tokens(answers[each.sequence_id]), alone, each)
+
+
+def test_shared_cells_are_counted_once(backend: Backend) -> None:
+    """Four of 300 + 30 tokens have room at once in 512 cells."""
+    system = text(300, 1)
+    specs = [spec(system + text(10, 20 + i), sequence_id=i, max_tokens=20) for i in range(4)]
+    for each in specs:
+        backend.admit(each)
+    together = max(len(backend.step()) for _ in range(10))
+    assert together == SEQUENCES
+
+
+def test_a_branch_leaves_the_longer_conversation_in_place(backend: Backend) -> None:
+    system, long = text(40, 1), text(100, 2)
+    assert cached(backend, spec(system + long)) == 0
+    assert cached(backend, spec(system + text(50, 3))) == 40
+    assert cached(backend, spec(system + long + [60])) == 140
+
+
+def test_at_least_one_token_is_computed(backend: Backend) -> None:
+    each = spec(text(30, 1), max_tokens=5)
+    first = answer(backend, each)
+    assert cached(backend, each) == 29
+    assert answer(backend, each) == first
+
+
+def test_nothing_is_kept_within_no_bytes(tiny_gguf: Path) -> None:
+    with loaded(tiny_gguf, prompt_cache_bytes=0) as backend:
+        assert [cached(backend, spec(text(100, 1))) for _ in range(2)] == [0, 0]
+
+
+def test_the_least_recently_used_goes_first(tiny_gguf: Path) -> None:
+    # 4 layers, 2 heads of keys and 2 of values, 32 half floats each: 1 KiB a token.
+    with loaded(tiny_gguf, prompt_cache_bytes=250 * 1024) as backend:
+        a, b, c = (spec(text(100, i), max_tokens=4) for i in range(3))
+        assert [cached(backend, each) for each in (a, b)] == [0, 0]
+        assert cached(backend, a) == 99  # a is the more recent one again
+        assert cached(backend, c) == 0  # b makes room when c starts
+        assert cached(backend, a) == 99
+        assert cached(backend, b) == 0
+
+
+def test_a_cancelled_prompt_leaves_what_was_computed(backend: Backend, alone: Backend) -> None:
+    running, long = spec(text(9, 1), sequence_id=1, max_tokens=40), spec(text(400, 2))
+    backend.admit(running)
+    while not backend.step():
+        pass
+    backend.admit(replace(long, sequence_id=2))
+    backend.step()
+    backend.cancel(2)
+    drain(backend, [replace(running, max_tokens=38)])
+    first, *rest = run(backend, long)[1]
+    assert 0 < first.cached_tokens < 399
+    assert_as_alone([first.token, *tokens(rest)], alone, long)
+
+
+def test_cancel_before_anything_was_computed(backend: Backend, alone: Backend) -> None:
+    each = spec(text(60, 1))
+    backend.admit(each)
+    backend.cancel(1)
+    assert backend.step() == []
+    assert cached(backend, each) == 0
+
+
+def test_recurrent_state_is_taken_up_where_an_answer_ended(tmp_path: Path) -> None:
+    path = write_tiny_mamba(tmp_path / "mamba.gguf")
+    conversations = {i: text(20, i) for i in range(3)}
+    with (
+        loaded(path) as backend,
+        loaded(path, max_sequences=1, prompt_cache_bytes=0) as alone,
+    ):
+        for turn in range(3):
+            specs = [spec(each, sequence_id=i) for i, each in conversations.items()]
+            for i, made in run(backend, *specs).items():
+                known = len(conversations[i]) - 5 - 1
+                assert made[0].cached_tokens == (known if turn else 0)
+                assert_as_alone(tokens(made), alone, spec(conversations[i]))
+                conversations[i] += tokens(made) + text(5, turn)
+        # Only the whole of a state can be gone on from.
+        assert cached(backend, spec(conversations[0][:-8] + text(9, 7))) == 0
+
+
+# --- how long a stream pauses -------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "chunk"), [(0.0, 256), (3600.0, 64)], ids=["fast", "slow"])
+def test_prompts_come_in_chunks_that_fit_the_pause(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, seconds: float, chunk: int
+) -> None:
+    """On a clock that moves on by so much whenever somebody looks at it."""
+    clock = count(0.0, seconds or 1e-9)
+    monkeypatch.setattr("worker.backends.llama_scheduler.time.perf_counter", lambda: next(clock))
+    for seed in (1, 2):  # the first is what it learns from
+        running = spec(text(9, 9), sequence_id=1, max_tokens=40)
+        backend.admit(running)
+        while not backend.step():
+            pass
+        backend.admit(spec(text(450, seed), sequence_id=2))
+        steps = 1
+        while 2 not in {token.sequence_id for token in backend.step()}:
+            steps += 1
+        backend.cancel(1)
+        backend.cancel(2)
+    assert steps == math.ceil(450 / chunk)
+
+
+# --- masks and log probabilities ----------------------------------------------
+
+
+class Only:
+    """Allows one set of tokens per position, then nothing."""
+
+    def __init__(self, *steps: Sequence[int], size: int = VOCAB) -> None:
+        self.steps = [set(step) for step in steps]
+        self.size = size
+        self.accepted: Tokens = []
+
+    def allowed(self) -> bytes:
+        bits = bytearray((self.size + 7) // 8)
+        if len(self.accepted) < len(self.steps):
+            for token in self.steps[len(self.accepted)]:
+                bits[token // 8] |= 1 << token % 8
+        return bytes(bits)
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED, PENALISED], ids=["greedy", "seeded", "pen"])
+def test_a_mask_limits_every_token(backend: Backend, sampling: Sampling) -> None:
+    steps = [[70 + i, 99, 130 + i] for i in range(12)]
+    mask = Only(*steps)
+    masked = spec(text(20, 1), sequence_id=1, max_tokens=12, sampling=sampling, mask=mask)
+    free = spec(text(20, 2), sequence_id=2, max_tokens=12, sampling=sampling)
+    unmasked = answer(backend, free)
+    answers = run(backend, masked, free)
+    drawn = tokens(answers[1])
+    assert all(token in step for token, step in zip(drawn, steps, strict=True))
+    assert mask.accepted == drawn
+    assert tokens(answers[2]) == unmasked
+
+
+def test_a_mask_shorter_than_the_vocabulary_allows_nothing_beyond_it(backend: Backend) -> None:
+    mask = Only([60, 61], size=64)
+    assert answer(backend, spec([5, 6], max_tokens=1, mask=mask))[0] in {60, 61}
+
+
+def test_a_mask_that_allows_nothing_ends_the_answer(backend: Backend) -> None:
+    mask = Only([70], [71])
+    made = run(backend, spec([5, 6], mask=mask))[1]
+    assert [(token.token, token.is_end) for token in made] == [
+        (70, False),
+        (71, False),
+        (END, True),
+    ]
+    assert mask.accepted == [70, 71]
+    # The only way on is the one that the request rules out.
+    assert answer(backend, spec([5, 6], mask=Only([70], [END]))) == [70, END]
+
+
+def test_log_probabilities_are_those_of_the_whole_vocabulary(backend: Backend) -> None:
+    made = run(backend, spec([5, 6], max_tokens=5, sampling=SEEDED, top_logprobs=VOCAB))[1]
+    for token in made:
+        assert token.logprobs is not None
+        ids, values = zip(*token.logprobs.top, strict=True)
+        assert sorted(ids) == list(range(VOCAB))
+        assert list(values) == sorted(values, reverse=True)
+        assert math.fsum(map(math.exp, values)) == pytest.approx(1, abs=1e-5)
+        assert dict(token.logprobs.top)[token.token] == token.logprobs.logprob
+
+
+def test_log_probabilities_know_nothing_of_the_sampling(backend: Backend) -> None:
+    plain = run(backend, spec([5, 6], max_tokens=1, top_logprobs=3))[1][0]
+    assert plain.logprobs is not None
+    assert len(plain.logprobs.top) == 3
+    assert plain.logprobs.top[0] == (plain.token, plain.logprobs.logprob)
+    bent = Sampling(temperature=3.0, seed=1, top_k=5, logit_bias={70: 100.0})
+    forced = run(backend, spec([5, 6], max_tokens=1, sampling=bent, top_logprobs=3))[1][0]
+    assert forced.token == 70
+    assert forced.logprobs is not None
+    assert dict(forced.logprobs.top) == pytest.approx(dict(plain.logprobs.top))
+    assert forced.logprobs.logprob < plain.logprobs.top[-1][1]
+
+
+def test_no_likeliest_but_the_one_sampled(backend: Backend) -> None:
+    made = run(backend, spec([5, 6], max_tokens=1, top_logprobs=0), spec([7], sequence_id=2))
+    assert made[1][0].logprobs is not None
+    assert made[1][0].logprobs.top == []
+    assert made[1][0].logprobs.logprob < 0
+    assert made[2][0].logprobs is None
+
+
+# --- any order of things ------------------------------------------------------
+
+BEGINNINGS = [text(100, 1), text(100, 1)[:60] + text(80, 2), text(30, 3)]
+prompts = st.builds(
+    lambda beginning, cut, ending: beginning[:cut] + ending,
+    st.sampled_from(BEGINNINGS),
+    st.integers(1, 140),
+    st.lists(st.integers(50, 60), max_size=60),
+)
+requests = st.builds(
+    lambda prompt, count: spec(prompt, max_tokens=count), prompts, st.integers(1, 120)
+)
+acts = st.one_of(requests, st.integers(1, 40), st.sampled_from(["cancel first", "cancel last"]))
+
+
+@settings(
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    kind=st.sampled_from(KINDS),
+    schedule=st.lists(acts, max_size=20),
+    keep=st.sampled_from([None, 0, 150 * 1024]),
+)
+def test_in_any_schedule_each_answers_as_alone(
+    cases: dict[str, Case], kind: str, schedule: list[Any], keep: int | None
+) -> None:
+    path, sampling, alone = cases[kind]
+    answers: dict[int, Tokens] = {}
+    admitted: dict[int, SequenceSpec] = {}
+    running: list[int] = []
+
+    def collect(progress: list[StepToken]) -> None:
+        for token in progress:
+            made = answers[token.sequence_id]
+            made.append(token.token)
+            if len(made) == admitted[token.sequence_id].max_tokens:
+                running.remove(token.sequence_id)
+
+    with loaded(path, prompt_cache_bytes=keep) as backend:
+        for number, act in enumerate(schedule):
+            if isinstance(act, SequenceSpec):
+                while len(running) == SEQUENCES:
+                    collect(backend.step())
+                admitted[number] = replace(act, sequence_id=number, sampling=sampling)
+                answers[number] = []
+                running.append(number)
+                backend.admit(admitted[number])
+            elif isinstance(act, int):
+                for _ in range(act):
+                    collect(backend.step())
+            elif running:
+                backend.cancel(running.pop(0 if act == "cancel first" else -1))
+        steps = 0
+        while running:
+            collect(backend.step())
+            steps += 1
+            assert steps < 1000, "no progress"
+    for number, each in admitted.items():
+        made = answers[number]
+        if made:
+            assert_as_alone(made, alone, each)

@@ -1,0 +1,74 @@
+"""Which tokens the KV cache holds, and how many cells they take. Plain bookkeeping.
+
+Sequences that begin alike share cells: the cells of a *run* of positions were
+computed once, for one sequence, and belong to all that hold them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+
+import numpy
+
+#: Positions ``start`` to ``end`` of a run: (run, start, end).
+Span = tuple[int, int, int]
+
+
+def token_array(tokens: Iterable[int]) -> array[int]:
+    """Tokens in the form they are compared in."""
+    return array("i", tokens)
+
+
+def common_length(first: array[int], second: array[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    count = min(len(first), len(second))
+    if not count or first[0] != second[0]:
+        return 0
+    differs = numpy.frombuffer(first, numpy.intc, count) != numpy.frombuffer(
+        second, numpy.intc, count
+    )
+    index = int(differs.argmax())
+    return index if differs[index] else count
+
+
+class CachedSequence:
+    """One sequence of the KV cache: the first ``length`` of ``tokens`` are in it.
+
+    ``slot`` is its id in the library. Whoever decodes for the sequence appends to
+    ``tokens`` and moves ``length`` on; what it adds belongs to a run of its own.
+    """
+
+    __slots__ = ("_run", "_run_start", "_shared", "length", "slot", "tokens")
+
+    def __init__(self, slot: int, tokens: array[int], run: int) -> None:
+        self.slot = slot
+        self.tokens = tokens
+        self.length = 0
+        self._shared: list[Span] = []
+        self._run = run
+        self._run_start = 0
+
+    def spans(self, length: int | None = None) -> list[Span]:
+        """The runs its first ``length`` tokens (None: all) lie in."""
+        end = self.length if length is None else length
+        own = (self._run, self._run_start, self.length)
+        return [
+            (run, start, min(stop, end)) for run, start, stop in (*self._shared, own) if start < end
+        ]
+
+    def begin_with(self, source: CachedSequence, length: int) -> None:
+        """Share the first ``length`` cells of ``source``; what comes next is this one's own."""
+        self._shared = source.spans(length)
+        self._run_start = self.length = length
+
+
+def count_cells(sequences: Iterable[CachedSequence], more: Sequence[Span] = ()) -> int:
+    """The cells of all the sequences, and of ``more``, shared ones once."""
+    ends: dict[tuple[int, int], int] = {}
+    for spans in (*(sequence.spans() for sequence in sequences), more):
+        for run, start, end in spans:
+            key = (run, start)
+            if ends.get(key, 0) < end:
+                ends[key] = end
+    return sum(end - start for (_, start), end in ends.items())

@@ -1,0 +1,58 @@
+"""What is read from, and done to, a row of logits before it is sampled.
+
+Only for sequences that ask: each of these is a pass over the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import llama_cpp
+import numpy
+from numpy.typing import NDArray
+
+from worker.backends.base import NonFiniteLogits, TokenLogprobs, TokenMask
+
+Logits = NDArray[numpy.float32]
+
+
+def logits_row(context: Any, row: int, vocab_size: int) -> Logits:
+    """The library's own logits for one row of the last batch; changes reach the sampler."""
+    pointer = llama_cpp.llama_get_logits_ith(context, row)
+    return numpy.ctypeslib.as_array(pointer, shape=(vocab_size,))
+
+
+def check_finite(logits: Logits) -> None:
+    """Raise ``NonFiniteLogits`` if there is a NaN or an infinity."""
+    if not numpy.isfinite(logits).all():
+        raise NonFiniteLogits("the model produced logits that are NaN or infinite")
+
+
+def apply_mask(logits: Logits, mask: TokenMask, banned: Collection[int]) -> bool:
+    """Rule out what the mask does not allow, and ``banned``; False if nothing is left."""
+    bits = numpy.frombuffer(mask.allowed(), numpy.uint8)
+    # Tokens beyond the bits are padded with zeros: not allowed.
+    allowed = numpy.unpackbits(bits, count=logits.size, bitorder="little")
+    if banned:
+        allowed[list(banned)] = 0
+    numpy.copyto(logits, -math.inf, where=allowed == 0)
+    return bool(allowed.any())
+
+
+class LogProbabilities:
+    """The log probabilities of one row, before anything is done to it."""
+
+    def __init__(self, logits: Logits, count: int) -> None:
+        shifted = logits - logits.max()
+        self._values = shifted - numpy.log(numpy.exp(shifted).sum(dtype=numpy.float64))
+        self._count = min(count, logits.size)
+
+    def of(self, token: int) -> TokenLogprobs:
+        """That of ``token``, and the likeliest ones."""
+        values, count = self._values, self._count
+        best = numpy.argpartition(values, -count)[-count:] if count else numpy.arange(0)
+        best = best[numpy.argsort(-values[best], kind="stable")]
+        top = [(int(token), float(values[token])) for token in best]
+        return TokenLogprobs(float(values[token]), top)

@@ -1,0 +1,270 @@
+"""Continuous batching: which tokens of which sequences the next batch computes.
+
+A batch decodes one token of every running sequence and, with what room is left,
+a chunk of the prompts that wait, in the order they came. The sequences share the
+cells of one KV cache. When those run out, the youngest gives up its own and waits
+at the front until another one ends: its answer goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import llama_cpp
+
+from worker.backends.base import SequenceSpec, StepToken, TokenLogprobs
+from worker.backends.llama_batch import DecodeBatch
+from worker.backends.llama_cells import CachedSequence, token_array
+from worker.backends.llama_library import LOG
+from worker.backends.llama_logits import LogProbabilities, apply_mask, check_finite, logits_row
+from worker.backends.llama_pool import KvPool
+from worker.backends.llama_sampling import Sampler
+from worker.backends.llama_vocab import Vocabulary
+
+#: Prompt tokens of a batch that also decodes are as many as take so many seconds,
+#: within bounds: a stream pauses no longer. A CPU gains nothing from more, and loses
+#: with less (64 tokens run as fast as 512, 32 at 75 % of that).
+_PAUSE_SECONDS = 0.2
+_SMALLEST_CHUNK = 64
+_LARGEST_CHUNK = 256
+#: Tokens that each running sequence is left room for when another one starts.
+_RESERVE = 32
+#: A prompt waits a step for one that begins alike if that saves so many tokens.
+_WORTH_WAITING = 32
+_NO_ROOM = 1  # of llama_decode: the state is as before the call
+
+
+class DecodeFailed(Exception):
+    """``llama_decode`` returned an error; nothing can be said about the state."""
+
+
+#: Where a sequence is that has no cells.
+_NOWHERE = CachedSequence(-1, token_array(()), -1)
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """One admitted sequence. ``tokens``: prompt and answer so far.
+
+    ``cached`` is nowhere until its prefill starts, and again after a preemption.
+    It decodes while all tokens but the last are in the cache. ``found``: tokens that
+    were there already, until that is told.
+    """
+
+    spec: SequenceSpec
+    tokens: array[int]
+    sampler: Sampler
+    remaining: int
+    inspects: bool
+    cached: CachedSequence = _NOWHERE
+    found: int = 0
+    answered: bool = False
+
+
+class _Chunk(NamedTuple):
+    """Part of a prompt in a batch, up to ``end``; its ``row`` if the prompt ends there."""
+
+    sequence: _Sequence
+    end: int
+    row: int | None
+
+
+class Scheduler:
+    """All sequences of one context; the methods are those of ``Backend``."""
+
+    def __init__(
+        self, context: Any, pool: KvPool, vocabulary: Vocabulary, context_length: int
+    ) -> None:
+        self._context = context
+        self._pool = pool
+        self._vocabulary = vocabulary
+        self._context_length = context_length
+        self._batch_size = llama_cpp.llama_n_batch(context)
+        self._batch = DecodeBatch(self._batch_size)
+        # In the order of admission, here and there, and all of the first before the second.
+        self._decoding: list[_Sequence] = []
+        self._waiting: deque[_Sequence] = deque()
+        self._seconds_per_token = _PAUSE_SECONDS / _SMALLEST_CHUNK  # until it was measured
+        # The first of the waiting has no room until some sequence ends.
+        self._blocked = False
+
+    def admit(self, spec: SequenceSpec) -> None:
+        self._waiting.append(
+            _Sequence(
+                spec=spec,
+                tokens=token_array(spec.prompt),
+                sampler=Sampler(spec, self._vocabulary, self._context_length),
+                remaining=spec.max_tokens,
+                inspects=bool(
+                    spec.validate_logits or spec.mask is not None or spec.top_logprobs is not None
+                ),
+            )
+        )
+
+    def step(self) -> list[StepToken]:
+        batch, decoding = self._batch, self._decoding
+        begun = time.perf_counter()
+        self._pool.settle()
+        while True:
+            batch.clear()
+            for sequence in decoding:
+                cached = sequence.cached
+                batch.add(sequence.tokens[-1], cached.length, cached.slot)
+            chunks = self._add_prompts() if self._waiting else []
+            if not batch.size:
+                return []
+            batch.native.n_tokens = batch.size
+            status = llama_cpp.llama_decode(self._context, batch.native)
+            if status == 0:
+                break
+            if status != _NO_ROOM or not self._make_room():
+                raise DecodeFailed(_failure(status))
+        # Row i of the batch belongs to the i-th decoding sequence.
+        rows = list(enumerate(decoding))
+        for sequence in decoding:
+            sequence.cached.length += 1
+        for sequence, end, row in chunks:
+            sequence.cached.length = end
+            if row is not None:
+                rows.append((row, sequence))
+                decoding.append(self._waiting.popleft())
+        # On a GPU the call only queues the work; progress means it is done.
+        llama_cpp.llama_synchronize(self._context)
+        if chunks and batch.size >= _SMALLEST_CHUNK:
+            seconds = (time.perf_counter() - begun) / batch.size
+            self._seconds_per_token = (self._seconds_per_token + seconds) / 2
+        return self._sample(rows)
+
+    def cancel(self, sequence_id: int) -> None:
+        for sequences in (self._decoding, self._waiting):
+            for sequence in sequences:
+                if sequence.spec.sequence_id == sequence_id:
+                    sequences.remove(sequence)
+                    self._end(sequence)
+                    return
+
+    def close(self) -> None:
+        """Release what belongs to the sequences; the context is the caller's."""
+        for sequence in (*self._decoding, *self._waiting):
+            sequence.sampler.free()
+        self._decoding.clear()
+        self._waiting.clear()
+
+    def _add_prompts(self) -> list[_Chunk]:
+        """Fill the batch with prompt tokens, in the order of the prompts."""
+        batch = self._batch
+        room = self._batch_size - batch.size
+        if self._decoding:
+            affordable = int(_PAUSE_SECONDS / self._seconds_per_token)
+            room = min(room, max(_SMALLEST_CHUNK, min(affordable, _LARGEST_CHUNK)))
+        chunks: list[_Chunk] = []
+        for sequence in self._waiting:
+            if not room or (sequence.cached is _NOWHERE and not self._start(sequence)):
+                break
+            tokens, start = sequence.tokens, sequence.cached.length
+            part = tokens[start : start + room]
+            end = start + len(part)
+            complete = end == len(tokens)
+            batch.add_prompt(part, start, sequence.cached.slot, complete=complete)
+            room -= len(part)
+            chunks.append(_Chunk(sequence, end, batch.size - 1 if complete else None))
+        return chunks
+
+    def _start(self, sequence: _Sequence) -> bool:
+        """Find a place in the cache for a prompt, if there is one now."""
+        alone = not self._batch.size
+        if self._blocked and not alone:
+            return False
+        match = self._pool.find(sequence.tokens)
+        if not alone:
+            if match.promised - match.length >= _WORTH_WAITING:
+                return False  # what it shares is in this very batch
+            reserve = sum(min(s.remaining, _RESERVE) for s in (*self._decoding, sequence))
+            if not self._pool.fits(sequence.tokens, match, reserve):
+                self._blocked = True
+                return False
+        sequence.cached = self._pool.start(sequence.tokens, match)
+        if not sequence.answered:
+            sequence.found = sequence.cached.length
+        return True
+
+    def _make_room(self) -> bool:
+        """Free cells for the batch; False if it is a sequence alone that has no room."""
+        started = [s for s in self._waiting if s.cached is not _NOWHERE]
+        if len(self._decoding) + len(started) < 2:
+            return False
+        if started:
+            sequence = started[-1]
+        else:
+            sequence = self._decoding.pop()
+            self._waiting.appendleft(sequence)
+        self._pool.end(sequence.cached)
+        self._pool.settle()
+        sequence.cached = _NOWHERE
+        # Or it would come back for the cells it has just given up.
+        self._blocked = True
+        LOG.start()  # the library's warning explains no later failure
+        return True
+
+    def _sample(self, rows: list[tuple[int, _Sequence]]) -> list[StepToken]:
+        context, end_tokens = self._context, self._vocabulary.end_tokens
+        result = []
+        ended = []
+        for row, sequence in rows:
+            logprobs = None
+            if sequence.inspects:
+                token, is_end, logprobs = self._inspect(row, sequence)
+            else:
+                token = sequence.sampler.sample(context, row)
+                is_end = token in end_tokens
+            result.append(
+                StepToken(sequence.spec.sequence_id, token, is_end, sequence.found, logprobs)
+            )
+            sequence.found = 0
+            sequence.answered = True
+            sequence.tokens.append(token)
+            sequence.remaining -= 1
+            if is_end or not sequence.remaining:
+                ended.append(sequence)
+        for sequence in ended:
+            self._decoding.remove(sequence)
+            self._end(sequence)
+        return result
+
+    def _inspect(self, row: int, sequence: _Sequence) -> tuple[int, bool, TokenLogprobs | None]:
+        """Sample for a sequence that asks for more than the sampler can do."""
+        spec, sampler = sequence.spec, sequence.sampler
+        logits = logits_row(self._context, row, self._vocabulary.size)
+        if spec.validate_logits:
+            check_finite(logits)
+        before = None if spec.top_logprobs is None else LogProbabilities(logits, spec.top_logprobs)
+        if spec.mask is None or apply_mask(logits, spec.mask, sampler.banned):
+            token = sampler.sample(self._context, row)
+            is_end = token in self._vocabulary.end_tokens
+            if spec.mask is not None:
+                spec.mask.accept(token)
+        else:
+            # Nothing is allowed: the answer is over, also for one that ignores the end.
+            token, is_end = self._vocabulary.end_token, True
+        return token, is_end, before.of(token) if before else None
+
+    def _end(self, sequence: _Sequence) -> None:
+        sequence.sampler.free()
+        if sequence.cached is not _NOWHERE:
+            self._pool.end(sequence.cached)
+        self._blocked = False
+
+
+def _failure(status: int) -> str:
+    meaning = {
+        1: "no room in the KV cache",
+        2: "aborted",
+        -1: "invalid batch",
+        -2: "out of memory",
+        -3: "computation failed",
+    }.get(status, "unknown error")
+    return f"llama_decode returned {status} ({meaning}): {LOG.reason}"
