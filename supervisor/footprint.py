@@ -19,8 +19,8 @@ _RUSAGE_FIELDS = 12
 _PHYS_FOOTPRINT_FIELD = 9
 
 
-#: A resident size that changed by less than this needs no new look at the pages.
-_SAME_FRACTION = 0.01
+#: A resident size that changed by more than this makes a new walk through the pages.
+_ESTIMATED_FRACTION = 0.1
 
 
 class FootprintMeter:
@@ -39,8 +39,8 @@ class FootprintMeter:
         return sizes
 
     def _size(self, pid: int) -> int | None:
-        """Walking the pages of a large process takes milliseconds; asking for its
-        resident size microseconds, and mostly nothing has changed."""
+        """Walking the pages of a large process takes milliseconds, asking for its resident
+        size microseconds: what was added since the last walk is taken for its own."""
         try:
             process = self._processes.get(pid)
             if process is None:
@@ -49,12 +49,15 @@ class FootprintMeter:
         except (psutil.Error, OSError):
             return None
         known = self._known.get(pid)
-        if known is not None and abs(resident - known[0]) <= resident * _SAME_FRACTION:
-            return known[1]
-        size = footprint_bytes(pid)
-        if size is not None:
-            self._known[pid] = (resident, size)
-        return size
+        if known is not None:
+            was_resident, size = known
+            added = resident - was_resident
+            if abs(added) <= was_resident * _ESTIMATED_FRACTION:
+                return max(0, size + added)
+        walked = footprint_bytes(pid)
+        if walked is not None:
+            self._known[pid] = (resident, walked)
+        return walked
 
 
 def footprint_bytes(pid: int) -> int | None:

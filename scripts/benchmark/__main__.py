@@ -92,6 +92,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     run = compare.Run(
         model=model,
         threads=arguments.threads,
+        context=arguments.context,
         repetitions=arguments.repetitions,
         contenders=contenders,
         workloads=_workloads(arguments),

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--sequences", type=int, required=True)
-    parser.add_argument("--context", type=int, required=True, help="tokens per sequence")
+    parser.add_argument("--context", type=int, required=True, help="tokens, for all sequences")
     arguments = parser.parse_args()
     # What a native library prints must not get into the answers.
     out = os.fdopen(os.dup(1), "wb")

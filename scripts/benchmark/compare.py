@@ -23,6 +23,7 @@ class Run:
 
     model: Path
     threads: int
+    context: int
     repetitions: int
     contenders: Sequence[Contender]
     workloads: Sequence[Workload]
@@ -36,7 +37,7 @@ def compare(run: Run, samples: list[Sample], say: Say) -> None:
 
 def _measure_all(run: Run, workload: Workload, samples: list[Sample], say: Say) -> None:
     """One workload. All contenders are up meanwhile, and idle when it is not their turn."""
-    setup = Setup(run.model, run.threads, workload.sequences, workload.context)
+    setup = Setup(run.model, run.threads, workload.sequences, workload.context, run.context)
 
     def attempt(sample: Sample, act: Callable[[], None]) -> bool:
         # Whatever is wrong with one of them is a result, not the end of the run.

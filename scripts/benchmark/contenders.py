@@ -26,13 +26,14 @@ MODEL = "bench"
 class Setup:
     """What is the same for all: the model, and how much of it runs at once.
 
-    ``context`` is in tokens per sequence.
+    ``context`` is in tokens per sequence; ``pool`` is what sequences get that share one.
     """
 
     model: Path
     threads: int
     sequences: int
     context: int
+    pool: int
 
 
 class Instance(Protocol):
@@ -129,7 +130,7 @@ class Bare:
             f"--model={setup.model}",
             f"--threads={setup.threads}",
             f"--sequences={setup.sequences}",
-            f"--context={setup.context}",
+            f"--context={setup.pool}",
         )
         with running(player.child):
             player.await_ready()
@@ -150,7 +151,7 @@ class OptaLmx:
             f"--model={MODEL}={setup.model}",
             f"--threads={setup.threads}",
             f"--max-sequences={setup.sequences}",
-            f"--context-length={setup.context}",
+            f"--context-length={setup.pool}",
         ]
         with serve(*arguments) as server:
             server.await_model(MODEL)
