@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-# Read by libgomp when llama_cpp loads it: how long a thread spins for the others
-# before it sleeps. By default so long that two busy models on the same cores
-# hold each other up: on two cores 1.4 tokens/s each, against 30 with this. A
-# model alone makes about 125 either way, within what runs differ.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Read by libgomp when llama_cpp loads it: how long a thread spins for the others at
+# a barrier before it sleeps. By default so long that two busy models on the same cores
+# hold each other up: on two cores 400 ms a token each with 20,000 spins, 40 with 1,000,
+# 23 with 300. A model alone takes 9 ms with any of these, but 11 with 100.
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import llama_cpp
 
