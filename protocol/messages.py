@@ -88,6 +88,8 @@ class Load(Message, frozen=True):
     the backend's default bound); ``threads`` None leaves the choice to the
     backend. ``prompt_cache_bytes`` bounds the KV cache kept of ended requests for
     later ones that begin alike (0: none is kept, None: the backend's default).
+    ``draft_tokens`` is how many tokens are guessed ahead at most, by backends that can
+    (0: none); what is sampled is the same.
     """
 
     path: str
@@ -95,6 +97,7 @@ class Load(Message, frozen=True):
     max_sequences: int = 1
     threads: int | None = None
     prompt_cache_bytes: int | None = None
+    draft_tokens: int = 0
 
 
 class Generate(Message, frozen=True):

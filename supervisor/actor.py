@@ -336,6 +336,7 @@ class Actor:
             max_sequences=settings.max_sequences,
             threads=settings.threads,
             prompt_cache_bytes=settings.prompt_cache_bytes,
+            draft_tokens=settings.draft_tokens,
         )
         self._spawned_at = time.monotonic()
         self._loaded_at = None

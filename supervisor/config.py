@@ -197,6 +197,7 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
         require(name, value is None or value >= 1, "at least 1")
     cache = settings.prompt_cache_bytes
     require("prompt_cache_bytes", cache is None or cache >= 0, "at least 0")
+    require("draft_tokens", 0 <= settings.draft_tokens <= 64, "from 0 to 64")
     for name in ("admin_key", "api_key"):
         require(name, _is_key(getattr(settings, name)), "printable ASCII without spaces, not empty")
     if settings.admin_key is not None and settings.admin_key == settings.api_key:

@@ -46,6 +46,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: KV cache that a worker keeps of ended requests, for later ones that begin alike;
     #: 0: none, None: the backend's default.
     prompt_cache_bytes: int | None = None
+    #: Tokens guessed ahead at most while a request has its model for itself, and
+    #: checked in one step (llama only); 0: none. The answer is the same.
+    draft_tokens: int = 0
     threads: int | None = None
     context_length: int | None = None
 

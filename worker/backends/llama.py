@@ -85,7 +85,9 @@ class LlamaBackend:
             keep_bytes=options.prompt_cache_bytes,
             traits=read_traits(model),
         )
-        self._scheduler = Scheduler(context, pool, self._vocabulary, context_length)
+        self._scheduler = Scheduler(
+            context, pool, self._vocabulary, context_length, options.draft_tokens
+        )
         self._closing.callback(self._scheduler.close)
         architecture = LOG.architecture or "unknown"
         LOG.start()  # what a load warns about explains no later failure

@@ -91,7 +91,7 @@ class KvPool:
         self._cells = cells
         self._free_slots = list(reversed(range(slots)))
         self._keep_bytes = keep_bytes
-        self._traits = traits
+        self.traits = traits
         self._runs = count()
         self._running: list[CachedSequence] = []
         self._kept: list[_Prefix] = []  # the least recently used first
@@ -101,18 +101,18 @@ class KvPool:
         """The longest beginning of a prompt that is there; never with its last token."""
         limit = len(tokens) - 1
         running, kept, best, promised = None, None, 0, 0
-        if self._traits.divisible:
+        if self.traits.divisible:
             for sequence in self._running:
                 common = min(common_length(tokens, sequence.tokens), limit)
                 promised = max(promised, common)
                 usable = min(common, sequence.length)
-                first = self._memory.first_position(sequence.slot) if self._traits.window else 0
+                first = self._memory.first_position(sequence.slot) if self.traits.window else 0
                 if usable > best and self._reaches(first, usable):
                     running, best = sequence, usable
         for prefix in self._kept:
             length = prefix.sequence.length
             usable = min(common_length(tokens, prefix.sequence.tokens), limit)
-            if usable < length and not self._traits.divisible:
+            if usable < length and not self.traits.divisible:
                 continue
             cost = 0.0 if prefix.data is None else length * _RESTORE_COST
             if usable - best > cost and self._reaches(prefix.first, usable):
@@ -150,7 +150,7 @@ class KvPool:
         if self._keep_bytes == 0 or not sequence.length:
             self._release(sequence.slot)
             return
-        if self._traits.divisible:
+        if self.traits.divisible:
             for other in tuple(self._kept):
                 common = common_length(sequence.tokens, other.sequence.tokens)
                 if common == other.sequence.length:
@@ -159,11 +159,15 @@ class KvPool:
                     self._release(sequence.slot)
                     self._touch(other)
                     return
-        window = self._traits.window
+        window = self.traits.window
         first = self._memory.first_position(sequence.slot) if window else 0
         prefix = _Prefix(sequence, first)
         self._kept.append(prefix)
         self._resident.append(prefix)
+
+    def cut(self, sequence: CachedSequence) -> None:
+        """Give up the cells of a running sequence behind its length; it must be divisible."""
+        self._memory.trim(sequence.slot, sequence.length)
 
     def settle(self) -> None:
         """Move what is kept out of the cells if anything runs."""
@@ -227,7 +231,7 @@ class KvPool:
     def _reaches(self, first: int, length: int) -> bool:
         """Whether all is there that the token after ``length`` others looks at."""
         # The cells that a window has slid past may have been given to others.
-        return first <= max(0, length - self._traits.window) if self._traits.window else True
+        return first <= max(0, length - self.traits.window) if self.traits.window else True
 
     def _forget(self, prefix: _Prefix) -> None:
         self._kept.remove(prefix)

@@ -24,6 +24,7 @@ from worker.backends.llama_logits import LogProbabilities, apply_mask, check_fin
 from worker.backends.llama_pool import KvPool
 from worker.backends.llama_sampling import Sampler
 from worker.backends.llama_vocab import Vocabulary
+from worker.backends.lookup import guess
 
 #: Prompt tokens of a batch that also decodes are as many as take so many seconds,
 #: within bounds: a stream pauses no longer. A CPU gains nothing from more, and loses
@@ -52,7 +53,8 @@ class _Sequence:
 
     ``cached`` is nowhere until its prefill starts, and again after a preemption.
     It decodes while all tokens but the last are in the cache. ``found``: tokens that
-    were there already, until that is told.
+    were there already, until that is told. ``drafted``: there may be cells behind its
+    cached length, of guesses.
     """
 
     spec: SequenceSpec
@@ -63,6 +65,7 @@ class _Sequence:
     cached: CachedSequence = _NOWHERE
     found: int = 0
     answered: bool = False
+    drafted: bool = False
 
 
 class _Chunk(NamedTuple):
@@ -77,12 +80,18 @@ class Scheduler:
     """All sequences of one context; the methods are those of ``Backend``."""
 
     def __init__(
-        self, context: Any, pool: KvPool, vocabulary: Vocabulary, context_length: int
+        self,
+        context: Any,
+        pool: KvPool,
+        vocabulary: Vocabulary,
+        context_length: int,
+        draft_tokens: int,
     ) -> None:
         self._context = context
         self._pool = pool
         self._vocabulary = vocabulary
         self._context_length = context_length
+        self._draft_tokens = draft_tokens if pool.traits.divisible else 0
         self._batch_size = llama_cpp.llama_n_batch(context)
         self._batch = DecodeBatch(self._batch_size)
         # In the order of admission, here and there, and all of the first before the second.
@@ -109,11 +118,14 @@ class Scheduler:
         batch, decoding = self._batch, self._decoding
         begun = time.perf_counter()
         self._pool.settle()
+        draft = self._guess()
         while True:
             batch.clear()
             for sequence in decoding:
                 cached = sequence.cached
                 batch.add(sequence.tokens[-1], cached.length, cached.slot)
+            for ahead, token in enumerate(draft, 1):
+                batch.add(token, cached.length + ahead, cached.slot)
             chunks = self._add_prompts() if self._waiting else []
             if not batch.size:
                 return []
@@ -121,7 +133,9 @@ class Scheduler:
             status = llama_cpp.llama_decode(self._context, batch.native)
             if status == 0:
                 break
-            if status != _NO_ROOM or not self._make_room():
+            if status == _NO_ROOM and draft:
+                draft = token_array(())
+            elif status != _NO_ROOM or not self._make_room():
                 raise DecodeFailed(_failure(status))
         # Row i of the batch belongs to the i-th decoding sequence.
         rows = list(enumerate(decoding))
@@ -137,7 +151,7 @@ class Scheduler:
         if chunks and batch.size >= _SMALLEST_CHUNK:
             seconds = (time.perf_counter() - begun) / batch.size
             self._seconds_per_token = (self._seconds_per_token + seconds) / 2
-        return self._sample(rows)
+        return self._check_guesses(draft) if draft else self._sample(rows)
 
     def cancel(self, sequence_id: int) -> None:
         for sequences in (self._decoding, self._waiting):
@@ -153,6 +167,31 @@ class Scheduler:
             sequence.sampler.free()
         self._decoding.clear()
         self._waiting.clear()
+
+    def _guess(self) -> array[int]:
+        """How the answer may go on, where one sequence has the machine for itself."""
+        if not self._draft_tokens or self._waiting or len(self._decoding) != 1:
+            return token_array(())
+        sequence = self._decoding[0]
+        if sequence.inspects:
+            return token_array(())
+        # The last token of an answer is never computed.
+        return guess(sequence.tokens, min(self._draft_tokens, sequence.remaining - 1))
+
+    def _check_guesses(self, draft: array[int]) -> list[StepToken]:
+        """Sample row by row for as long as the guesses were what is sampled."""
+        sequence = self._decoding[0]
+        sequence.drafted = True
+        result = self._sample([(0, sequence)])
+        for row, token in enumerate(draft, 1):
+            if result[-1].token != token or not self._decoding:
+                break
+            sequence.cached.length += 1
+            result += self._sample([(row, sequence)])
+        if self._decoding:
+            self._pool.cut(sequence.cached)
+            sequence.drafted = False
+        return result
 
     def _add_prompts(self) -> list[_Chunk]:
         """Fill the batch with prompt tokens, in the order of the prompts."""
@@ -255,6 +294,8 @@ class Scheduler:
     def _end(self, sequence: _Sequence) -> None:
         sequence.sampler.free()
         if sequence.cached is not _NOWHERE:
+            if sequence.drafted:
+                self._pool.cut(sequence.cached)
             self._pool.end(sequence.cached)
         self._blocked = False
 

@@ -116,6 +116,7 @@ def test_home_flag(home: Path, tmp_path: Path) -> None:
         ("threads = 0", "threads"),
         ("context_length = 0", "context_length"),
         ("prompt_cache_bytes = -1", "prompt_cache_bytes"),
+        ("draft_tokens = 65", "draft_tokens"),
         ("log_level = 'loud'", "log_level"),
         ("beat_timeout_s = 0.5", "beat_timeout_s"),
         ("[[models]]\nid = 'x'", "models"),
