@@ -18,12 +18,13 @@ import zmq
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate, Load
 from supervisor import lifecycle, status
-from supervisor.canary import CanaryFailed, CanaryImpossible, CanaryReport, run_canary
+from supervisor.canary import CanaryReport
 from supervisor.casefile import CaseFile
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.lifecycle import Command, Event, Readiness, State
 from supervisor.memory import Footprint
+from supervisor.proof import prove
 from supervisor.quarantine import FailureKind, count_in_window
 from supervisor.recorder import Recorder
 from supervisor.requests import RequestTable
@@ -380,34 +381,14 @@ class Actor:
 
     async def _prove(self, command: lifecycle.RunCanary) -> None:
         assert self._generation is not None
-        model = self._generation.model
-        assert model is not None
-        timeout_s = self._services.settings.canary_timeout_s
-
-        def submit(request: Generate) -> RequestStream:
-            return self._requests.open(request, streaming=True, is_canary=True)
-
-        try:
-            async with asyncio.timeout(timeout_s):
-                self._canary_report = await run_canary(
-                    submit,
-                    has_chat_template=model.has_chat_template,
-                    context_length=model.context_length,
-                    strict=command.strict,
-                )
-        except CanaryImpossible as error:
-            self._inbox.put_nowait(
-                lifecycle.LoadRefused(command.generation, ErrorCode.INVALID_VALUE, str(error))
-            )
-        except (CanaryFailed, TimeoutError) as error:
-            reason = str(error) or f"not passed within {timeout_s:.0f} s"
-            self._inbox.put_nowait(
-                lifecycle.WorkerFailed(
-                    command.generation, FailureKind.CANARY, f"canary: {reason}", random.random()
-                )
-            )
-        else:
-            self._inbox.put_nowait(lifecycle.CanaryPassed(command.generation))
+        assert self._generation.model is not None
+        event, self._canary_report = await prove(
+            self._requests,
+            self._generation.model,
+            command,
+            timeout_s=self._services.settings.canary_timeout_s,
+        )
+        self._inbox.put_nowait(event)
 
     # --- carrying out ---
 

@@ -63,6 +63,7 @@ LEAVES_MAY_IMPORT = {
 EVERYONE_MAY_IMPORT = {"settings", "views"}
 NOT_LEAVES = {
     "recorder",
+    "proof",
     "memory_watch",
     "services",
     "gate",

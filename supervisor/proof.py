@@ -1,0 +1,40 @@
+"""A canary against a loaded worker, and what came of it as a lifecycle event."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from protocol.errors import ErrorCode
+from protocol.messages import Generate, Loaded
+from supervisor.canary import CanaryFailed, CanaryImpossible, CanaryReport, run_canary
+from supervisor.lifecycle import CanaryPassed, Event, LoadRefused, RunCanary, WorkerFailed
+from supervisor.quarantine import FailureKind
+from supervisor.requests import RequestTable
+from supervisor.stream import RequestStream
+
+
+async def prove(
+    requests: RequestTable, model: Loaded, command: RunCanary, *, timeout_s: float
+) -> tuple[Event, CanaryReport | None]:
+    """Run the canary that was commanded, through ``requests``; a report if it passed."""
+
+    def submit(request: Generate) -> RequestStream:
+        return requests.open(request, streaming=True, is_canary=True)
+
+    number = command.generation
+    try:
+        async with asyncio.timeout(timeout_s):
+            report = await run_canary(
+                submit,
+                has_chat_template=model.has_chat_template,
+                context_length=model.context_length,
+                strict=command.strict,
+            )
+    except CanaryImpossible as error:
+        return LoadRefused(number, ErrorCode.INVALID_VALUE, str(error)), None
+    except (CanaryFailed, TimeoutError) as error:
+        reason = str(error) or f"not passed within {timeout_s:.0f} s"
+        failure = f"canary: {reason}"
+        return WorkerFailed(number, FailureKind.CANARY, failure, random.random()), None
+    return CanaryPassed(number), report
