@@ -140,6 +140,13 @@ def _summary_text(rows: Sequence[Row]) -> str:
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:
     content = {"summary": summary(rows), "rows": [dataclasses.asdict(row) for row in rows]}
-    # NaN is not JSON.
-    text = json.dumps(content, indent=1).replace("NaN", "null")
-    path.write_text(text + "\n")
+    path.write_text(json.dumps(_without_nan(content), indent=1) + "\n")
+
+
+def _without_nan(value: object) -> object:
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
