@@ -294,6 +294,11 @@ def test_any_integer_is_a_seed(backend: Backend, seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 1e-45, 1e-40, 1e-38, 1e-8])
+def test_next_to_no_temperature_is_greedy(backend: Backend, temperature: float) -> None:
+    assert sampled(backend, temperature=temperature) == sampled(backend, temperature=0)
+
+
 def test_no_seed_is_random(backend: Backend) -> None:
     assert sampled(backend, temperature=2.0) != sampled(backend, temperature=2.0)
 

@@ -14,13 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.messages import Load, Sampling
+from tests.support.tiny_gemma import write_tiny_gemma
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_mamba import write_tiny_mamba
 from tests.support.tiny_vocab import TURN_END, tiny_vocab
 from worker.backends.base import Backend, SequenceSpec, StepToken
 
-pytest.importorskip("llama_cpp")
-from worker.backends.llama import LlamaBackend
+llama_cpp = pytest.importorskip("llama_cpp")
+from worker.backends.llama import LlamaBackend  # noqa: E402
+from worker.backends.llama_cells import token_array  # noqa: E402
 
 SEQUENCES = 4
 CONTEXT = 512
@@ -373,7 +375,71 @@ def test_recurrent_state_is_taken_up_where_an_answer_ended(tmp_path: Path) -> No
         assert cached(backend, spec(conversations[0][:-8] + text(9, 7))) == 0
 
 
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gemma(tmp_path_factory.mktemp("window") / "gemma.gguf")
+
+
+def test_a_copy_has_no_more_than_the_window_and_is_not_cut(windowed: Path) -> None:
+    early, other = text(100, 1), spec(text(9, 2))
+    with (
+        loaded(windowed) as backend,
+        loaded(windowed, max_sequences=1, prompt_cache_bytes=0) as alone,
+    ):
+        kept = early + answer(backend, spec(early))
+        run(backend, other)  # for which it leaves the cells
+        for prompt, found in ((early[:60] + text(5, 3), 0), (kept + text(5, 4), len(kept) - 1)):
+            first, *rest = run(backend, spec(prompt))[1]
+            assert first.cached_tokens == found
+            assert_as_alone([first.token, *tokens(rest)], alone, spec(prompt))
+            run(backend, other)
+
+
+def test_what_a_window_has_slid_past_is_not_waited_for(windowed: Path) -> None:
+    shared = text(100, 1)
+    with loaded(windowed) as backend:
+        backend.admit(spec(shared, sequence_id=1, max_tokens=400))
+        for _ in range(200):
+            backend.step()
+        pool = backend._scheduler._pool  # type: ignore[attr-defined]
+        alike = token_array([*shared, 50])
+        for number in range(10):  # others take the cells that it no longer sees
+            if not pool.find(alike).length:
+                break
+            backend.admit(spec(text(90, 5 + number), sequence_id=2, max_tokens=2))
+            for _ in range(6):
+                backend.step()
+        assert not pool.find(alike).length
+        backend.admit(spec([*shared, 50], sequence_id=3, max_tokens=1))
+        assert {token.sequence_id for _ in range(3) for token in backend.step()} == {1, 3}
+
+
 # --- how long a stream pauses -------------------------------------------------
+
+
+def test_who_comes_back_computes_no_more_at_once_than_a_stream_may_pause(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine takes it for decoding, which has less time for a step than prefill has."""
+    sizes: Tokens = []
+    decode = llama_cpp.llama_decode
+
+    def spy(context: Any, batch: Any) -> int:
+        sizes.append(batch.n_tokens)
+        return int(decode(context, batch))
+
+    with loaded(tiny_gguf, context_length=1024, prompt_cache_bytes=0) as backend:
+        specs = [spec(text(300, i), sequence_id=i, max_tokens=500) for i in range(2)]
+        for each in specs:
+            backend.admit(each)
+        answers: dict[int, Tokens] = {0: [], 1: []}
+        while not all(answers.values()):
+            for token in backend.step():
+                answers[token.sequence_id].append(token.token)
+        monkeypatch.setattr(llama_cpp, "llama_decode", spy)
+        left = [replace(each, max_tokens=500 - len(answers[each.sequence_id])) for each in specs]
+        drain(backend, left)
+    assert 64 <= max(sizes) <= 256
 
 
 @pytest.mark.parametrize(("seconds", "chunk"), [(0.0, 256), (3600.0, 64)], ids=["fast", "slow"])

@@ -1,6 +1,10 @@
-"""What the draw of one token depends on: the seed and the position, nothing else."""
+"""What the draw of one token depends on: the seed and the position, and when there is one."""
 
 from __future__ import annotations
+
+#: Greedy below: the likeliest token is drawn anyway, until in float32 the logits
+#: divided by the temperature are infinite and any token is.
+LOWEST_TEMPERATURE = 1e-6
 
 _MASK64 = (1 << 64) - 1
 

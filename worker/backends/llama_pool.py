@@ -89,8 +89,10 @@ class KvPool:
     ) -> None:
         self._memory = memory
         self._cells = cells
+        self._slots = slots
         self._free_slots = list(reversed(range(slots)))
         self._keep_bytes = keep_bytes
+        self._full_bytes = 0
         self.traits = traits
         self._runs = count()
         self._running: list[CachedSequence] = []
@@ -104,8 +106,9 @@ class KvPool:
         if self.traits.divisible:
             for sequence in self._running:
                 common = min(common_length(tokens, sequence.tokens), limit)
-                promised = max(promised, common)
                 usable = min(common, sequence.length)
+                if usable < common:  # else it is there now, or a window has slid past it
+                    promised = max(promised, common)
                 first = self._memory.first_position(sequence.slot) if self.traits.window else 0
                 if usable > best and self._reaches(first, usable):
                     running, best = sequence, usable
@@ -218,15 +221,27 @@ class KvPool:
         """Copy what is kept to host memory, or give it up if it is over the bound."""
         sequence = prefix.sequence
         size = self._memory.size(sequence.slot)
-        bound = self._keep_bytes
-        if bound is None:
-            bound = size * self._cells // sequence.length
+        bound = self._bound(size, sequence.length)
         if size > bound:
             self._kept.remove(prefix)
             return
         while sum(len(other.data or b"") for other in self._kept) + size > bound:
             self._kept.remove(next(other for other in self._kept if other.data is not None))
         prefix.data = self._memory.save(sequence.slot)
+        if self.traits.window:
+            # The library leaves out of a copy what the window has slid past.
+            prefix.first = max(prefix.first, sequence.length - self.traits.window)
+
+    def _bound(self, size: int, length: int) -> int:
+        """Bytes that all copies may take; by default what a full cache is known to take."""
+        if self._keep_bytes is not None:
+            return self._keep_bytes
+        if self.traits.divisible:
+            return size * self._cells // length
+        # A state is as large after one token, but there are no more of them than slots.
+        fitting = min(self._slots, self._cells // length)
+        self._full_bytes = max(self._full_bytes, size * fitting)
+        return self._full_bytes
 
     def _reaches(self, first: int, length: int) -> bool:
         """Whether all is there that the token after ``length`` others looks at."""

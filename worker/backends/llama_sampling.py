@@ -11,7 +11,7 @@ import llama_cpp
 
 from protocol.messages import Sampling
 from worker.backends.base import SequenceSpec
-from worker.backends.draws import position_seed
+from worker.backends.draws import LOWEST_TEMPERATURE, position_seed
 from worker.backends.llama_vocab import Vocabulary
 
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: means "choose one"
@@ -48,7 +48,7 @@ class Sampler:
             self._add(_logit_bias(bias, vocabulary.size))
         for penalty in _penalties(spec, vocabulary.size, context_length):
             self._add(penalty)
-        if sampling.temperature <= 0:
+        if sampling.temperature < LOWEST_TEMPERATURE:
             self._draw_index = _GREEDY
             self._add(llama_cpp.llama_sampler_init_greedy())
             return

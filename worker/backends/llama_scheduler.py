@@ -197,7 +197,8 @@ class Scheduler:
         """Fill the batch with prompt tokens, in the order of the prompts."""
         batch = self._batch
         room = self._batch_size - batch.size
-        if self._decoding:
+        # Who was preempted still counts as decoding, with that phase's shorter deadline.
+        if self._decoding or self._waiting[0].answered:
             affordable = int(_PAUSE_SECONDS / self._seconds_per_token)
             room = min(room, max(_SMALLEST_CHUNK, min(affordable, _LARGEST_CHUNK)))
         chunks: list[_Chunk] = []

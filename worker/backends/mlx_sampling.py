@@ -22,7 +22,7 @@ from mlx_lm.sample_utils import (
 
 from protocol.messages import Sampling
 from worker.backends.base import NonFiniteLogits, SequenceSpec, TokenLogprobs
-from worker.backends.draws import position_seed
+from worker.backends.draws import LOWEST_TEMPERATURE, position_seed
 from worker.backends.mlx_mask import MaskProcessor
 
 #: Log probabilities of one step, (1, vocabulary), to the token sampled.
@@ -41,7 +41,7 @@ def create_sampler(spec: SequenceSpec, vocab_size: int) -> Sampler:
     function: the generator then samples them in one call.
     """
     sampling = spec.sampling
-    if sampling.temperature <= 0:
+    if sampling.temperature < LOWEST_TEMPERATURE:
         return greedy_sampler
     filters = _filters(sampling, vocab_size)
     scale = 1.0 / sampling.temperature

@@ -10,7 +10,10 @@ CELL_BYTES = 10
 
 
 class FakeMemory:
-    """Positions per slot; ``lost`` of them have been overwritten at the beginning."""
+    """Positions per slot; ``lost`` of them have been overwritten at the beginning.
+
+    A copy takes ``state_bytes`` whatever the length, if that is not 0.
+    """
 
     def __init__(self, *, divisible: bool = True) -> None:
         self.lengths: dict[int, int] = {}
@@ -18,6 +21,7 @@ class FakeMemory:
         self.saved = 0
         self.restored = 0
         self.lost = 0
+        self.state_bytes = 0
         self.refuses = False
         self._divisible = divisible
 
@@ -37,7 +41,7 @@ class FakeMemory:
         return self.lost
 
     def size(self, slot: int) -> int:
-        return self.lengths[slot] * CELL_BYTES
+        return self.state_bytes or self.lengths[slot] * CELL_BYTES
 
     def save(self, slot: int) -> memoryview:
         self.saved += 1
@@ -243,3 +247,32 @@ def test_a_window_that_has_slid_past_the_cut_is_a_miss() -> None:
     assert rig.once("a" * 70 + "b" * 9) == 0
     rig.once("c" * 100)
     assert rig.once("c" * 90 + "d" * 9) == 90
+
+
+def test_a_copy_holds_what_a_window_sees_and_no_more() -> None:
+    rig = Rig(traits=Traits(window=20))
+    rig.once("a" * 100)
+    rig.once("b")
+    assert rig.once("a" * 90 + "c") == 0
+    rig.once("d" * 100)
+    rig.once("b")
+    assert rig.once("d" * 100 + "e") == 100
+
+
+def test_what_a_window_has_slid_past_is_no_promise() -> None:
+    rig = Rig(traits=Traits(window=20))
+    sequence, _ = rig.start("a" * 200)
+    rig.memory.lost = 100
+    prompt = token_array(map(ord, "a" * 50 + "b"))
+    assert rig.pool.find(prompt) == Match()
+    sequence.length = 30
+    assert rig.pool.find(prompt).promised == 50
+
+
+def test_copies_of_recurrent_states_are_no_more_than_there_are_slots() -> None:
+    rig = Rig(traits=Traits(divisible=False))
+    rig.memory.state_bytes = 500
+    for letter in "abcdefx":
+        rig.once(letter * 10)
+    kept = [len(prefix.data) for prefix in rig.pool._kept if prefix.data is not None]
+    assert kept == [500] * 3
