@@ -92,9 +92,10 @@ class Channel:
             self._data.send(self._encode(message), zmq.NOBLOCK)
         except zmq.Again as error:
             raise ChannelFull from error
-        # The descriptor signals edges, and sending may have consumed one.
-        if int(self._data.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._loop.call_soon(self._on_readable, self._data)
+        finally:
+            # The descriptor signals edges; sending may have consumed one, also in vain.
+            if int(self._data.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                self._loop.call_soon(self._on_readable, self._data)
 
     def drain(self) -> None:
         """Handle all that has arrived, now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -19,45 +19,52 @@ _RUSAGE_FIELDS = 12
 _PHYS_FOOTPRINT_FIELD = 9
 
 
-#: A resident size that changed by more than this makes a new walk through the pages.
+#: A resident size that changed by more than this makes a new walk through all pages.
 _ESTIMATED_FRACTION = 0.1
 
 
 class FootprintMeter:
-    """Measures processes again and again. Call it off the event loop, from one thread."""
+    """Measures processes again and again. Call it off the event loop, from one thread.
+
+    Walking the pages of a large process takes milliseconds, asking for its resident
+    size microseconds: what was added since the last walk is taken for its own.
+    """
 
     def __init__(self) -> None:
         self._processes: dict[int, psutil.Process] = {}
-        #: Resident size and footprint at the last thorough look, by pid.
+        #: Resident size and footprint at the last walk, by pid.
         self._known: dict[int, tuple[int, int]] = {}
 
-    def measure(self, pids: Sequence[int]) -> dict[int, int]:
-        """Bytes by pid, without those that are gone."""
-        sizes = {pid: size for pid in pids if (size := self._size(pid)) is not None}
-        self._known = {pid: known for pid, known in self._known.items() if pid in sizes}
-        self._processes = {pid: p for pid, p in self._processes.items() if pid in sizes}
-        return sizes
+    def measure(self, pids: Sequence[int], *, exactly: bool = False) -> dict[int, int]:
+        """Bytes by pid, without those that are gone; never an estimate if ``exactly``."""
+        resident = {pid: size for pid in pids if (size := self._resident(pid)) is not None}
+        self._processes = {pid: self._processes[pid] for pid in resident}
+        if exactly or not self._near_known(resident):
+            # All of them: they share pages, and what one of them maps or lets go changes
+            # what the others cost while their own resident sizes stay.
+            walked = {pid: footprint_bytes(pid) for pid in resident}
+            self._known = {
+                pid: (resident[pid], size) for pid, size in walked.items() if size is not None
+            }
+        return {
+            pid: max(0, size + resident[pid] - was_resident)
+            for pid, (was_resident, size) in self._known.items()
+        }
 
-    def _size(self, pid: int) -> int | None:
-        """Walking the pages of a large process takes milliseconds, asking for its resident
-        size microseconds: what was added since the last walk is taken for its own."""
+    def _near_known(self, resident: Mapping[int, int]) -> bool:
+        return resident.keys() == self._known.keys() and all(
+            abs(resident[pid] - was_resident) <= was_resident * _ESTIMATED_FRACTION
+            for pid, (was_resident, _) in self._known.items()
+        )
+
+    def _resident(self, pid: int) -> int | None:
         try:
             process = self._processes.get(pid)
             if process is None:
                 process = self._processes[pid] = psutil.Process(pid)
-            resident = int(process.memory_info().rss)
+            return int(process.memory_info().rss)
         except (psutil.Error, OSError):
             return None
-        known = self._known.get(pid)
-        if known is not None:
-            was_resident, size = known
-            added = resident - was_resident
-            if abs(added) <= was_resident * _ESTIMATED_FRACTION:
-                return max(0, size + added)
-        walked = footprint_bytes(pid)
-        if walked is not None:
-            self._known[pid] = (resident, walked)
-        return walked
 
 
 def footprint_bytes(pid: int) -> int | None:

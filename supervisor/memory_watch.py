@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from supervisor.actor import Actor
 from supervisor.footprint import FootprintMeter, OomKills, available_bytes
-from supervisor.memory import judge
+from supervisor.memory import Verdict, judge
 from supervisor.quarantine import FailureKind
 
 log = logging.getLogger(__name__)
@@ -52,24 +52,35 @@ class MemoryWatch:
     async def _look(self) -> None:
         workers = [(actor, actor.worker) for actor in self._actors.values()]
         pids = {worker[1]: (actor, worker[0]) for actor, worker in workers if worker}
-        if pids:
-            sizes, available = await asyncio.to_thread(self._measure, list(pids))
-            self._judge([(*pids[pid], size) for pid, size in sizes.items()], available)
+        if not pids:
+            # Or the next worker's death would be taken for one of long ago.
+            self._oom_kills.refresh()
+            return
+        sizes, available = await asyncio.to_thread(self._measure, list(pids))
+        verdicts = self._verdicts(pids, sizes, available)
+        if verdicts:
+            # Nobody is stopped for an estimate.
+            sizes = await asyncio.to_thread(self._meter.measure, list(pids), exactly=True)
+            verdicts = self._verdicts(pids, sizes, available)
+        for verdict in verdicts:
+            actor = self._actors.get(verdict.model_id)
+            if actor is not None:
+                actor.fail(verdict.generation, FailureKind.MEMORY, verdict.reason)
 
     def _measure(self, pids: Sequence[int]) -> tuple[dict[int, int], int]:
         self._oom_kills.refresh()
         return self._meter.measure(pids), available_bytes()
 
-    def _judge(self, sizes: Sequence[tuple[Actor, int, int]], available: int) -> None:
+    def _verdicts(
+        self, pids: Mapping[int, tuple[Actor, int]], sizes: Mapping[int, int], available: int
+    ) -> list[Verdict]:
+        found = ((*pids[pid], size) for pid, size in sizes.items())
         dying = any(actor.dying for actor in self._actors.values())
         footprints = [
             footprint
-            for actor, generation, size in sizes
+            for actor, generation, size in found
             if (footprint := actor.footprint(generation, size)) is not None and not actor.dying
         ]
         # What is being stopped already is about to give its memory back.
         low_water = 0 if dying else self._low_water
-        for verdict in judge(footprints, available=available, low_water=low_water):
-            actor = self._actors.get(verdict.model_id)
-            if actor is not None:
-                actor.fail(verdict.generation, FailureKind.MEMORY, verdict.reason)
+        return judge(footprints, available=available, low_water=low_water)

@@ -78,7 +78,7 @@ class RequestStream:
                 # Otherwise the consumer is at work on what came before.
                 and self._waiter is not None
                 and not self._texts
-                and self._sink(text)
+                and self._take(self._sink, text)
             ):
                 return
             self._texts.append(text)
@@ -186,6 +186,15 @@ class RequestStream:
             await self._waiter
         finally:
             self._waiter = None
+
+    def _take(self, sink: Sink, text: str) -> bool:
+        try:
+            return sink(text)
+        except Exception:
+            # We are in the reader of a worker that has done nothing wrong: let the
+            # consumer meet it in its own time, with the text that is still there.
+            self._sink = None
+            return False
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -12,6 +12,7 @@ import asyncio
 import secrets
 from typing import cast
 
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -59,12 +60,18 @@ class _Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_since: float | None = self.loop.time()
         self._unfinished = _Unfinished(self)
+        #: The request being answered: ``cycle`` is the newest, which may wait behind it.
+        self._running: RequestResponseCycle | None = None
         # One timer per connection, which looks whether anything is overdue: a
         # request costs a store of the time.
         self._timer = self.loop.call_later(self.head_timeout_s, self._look_at_head)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        # uvicorn tells only the newest request, behind which this one may be at work.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -89,6 +96,10 @@ class _Connection(HttpToolsProtocol):
         self._in_body = True
         self.cycle.transport = self._unfinished
         cast(dict[str, object], self.cycle.scope)[BODY_WRITER] = BodyWriter(self.cycle)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

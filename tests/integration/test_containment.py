@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,28 @@ def server(home: Path, models_dir: Path) -> Iterator[Server]:
         OPTA_LMX_BEAT_TIMEOUT_S="2",
     ) as running:
         yield running
+
+
+def test_a_client_that_leaves_with_requests_in_its_pipeline_harms_no_model(
+    server: Server, models_dir: Path
+) -> None:
+    write_script(models_dir, "piped", tokens=COUNTING, repeat=True, step_delay_s=0.002)
+    assert server.load("piped").status_code == 200
+    fields = {"model": "piped", "stream": True, "messages": [{"role": "user", "content": "x"}]}
+    body = json.dumps(fields).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+    request = head + b"content-length: %d\r\n\r\n" % len(body) + body
+    with socket.create_connection((server.http.base_url.host, server.http.base_url.port)) as client:
+        client.sendall(request)
+        while b'"content":"5 "' not in client.recv(65536):
+            pass
+        client.sendall(request)
+    for _ in polls(10):
+        if server.model("piped")["in_flight"] == 0:
+            break
+    view = server.model("piped")
+    assert (view["in_flight"], view["generation"]) == (0, 1), server.text
+    assert view["readiness"]["crash_count"] == 0
 
 
 def test_a_killed_worker_leaves_the_other_stream_alone(server: Server, models_dir: Path) -> None:

@@ -176,3 +176,17 @@ async def test_what_a_sink_does_not_take_is_bounded() -> None:
     with pytest.raises(CodedError) as refused:
         await answer.next()
     assert refused.value.code is ErrorCode.STREAM_OVERFLOW
+
+
+async def test_a_sink_that_fails_is_the_consumers_trouble_not_the_readers() -> None:
+    def broken(_text: str) -> bool:
+        raise RuntimeError("the connection is closed")
+
+    answer = stream()
+    answer.push(delta("a"))
+    await answer.next()
+    answer.drain_into(broken)
+    waiting = asyncio.ensure_future(answer.next())
+    await asyncio.sleep(0)
+    answer.push(delta("b"))
+    assert await waiting == Chunk("b", None)

@@ -165,3 +165,26 @@ async def test_an_upgrade_is_answered_as_a_plain_request(
     assert data.startswith(b"HTTP/1.1 200 OK")
     assert b"connection: close" in data
     assert "uvicorn[standard]" not in caplog.text
+
+
+async def test_who_leaves_with_a_request_waiting_leaves_the_running_one_too(
+    fleet: FakeFleet, tmp_path: Path
+) -> None:
+    fleet.script = None
+    body = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "x"}]}'
+    request = CHAT + b"content-length: %d\r\n\r\n" % len(body) + body
+    async with connected(fleet, tmp_path) as (reader, writer):
+        writer.write(request)
+        submitted = await fleet.request()
+        submitted.accept()
+        submitted.say("Hel")
+        await reader.readuntil(b"Hel")
+        # Waits behind the first: reading stops here, so that only writing shows the end.
+        writer.write(request + request)
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+        async with asyncio.timeout(5):
+            while not submitted.cancelled:
+                submitted.say("lo")
+                await asyncio.sleep(0.01)
+        assert len(fleet.requests) == 1

@@ -1,0 +1,76 @@
+"""Who is looked at, and that nobody is stopped for an estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from supervisor.footprint import OomKills
+from supervisor.memory import Footprint
+from supervisor.memory_watch import MemoryWatch
+
+LIMIT = 1_000
+
+
+class _Actor:
+    worker = (1, 4711)
+    dying = False
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def footprint(self, generation: int, size: int) -> Footprint:
+        return Footprint("m", generation, size, baseline=900, limit=LIMIT)
+
+    def fail(self, _generation: int, _kind: object, reason: str) -> None:
+        self.failed.append(reason)
+
+
+class _Meter:
+    def __init__(self, estimate: int, exact: int) -> None:
+        self.estimate, self.exact = estimate, exact
+        self.walks = 0
+
+    def measure(self, pids: Sequence[int], *, exactly: bool = False) -> dict[int, int]:
+        self.walks += exactly
+        return dict.fromkeys(pids, self.exact if exactly else self.estimate)
+
+
+def watch(actors: dict[str, Any], kills: OomKills, meter: _Meter | None = None) -> MemoryWatch:
+    found = MemoryWatch(actors, kills, interval_s=1.0, low_water=0)
+    if meter is not None:
+        found._meter = meter  # type: ignore[assignment]
+    return found
+
+
+async def look(estimate: int, exact: int) -> tuple[_Actor, _Meter]:
+    actor, meter = _Actor(), _Meter(estimate, exact)
+    await watch({"m": actor}, OomKills(), meter)._look()
+    return actor, meter
+
+
+async def test_an_estimate_over_the_limit_is_looked_at_again() -> None:
+    actor, meter = await look(LIMIT + 50, LIMIT - 10)
+    assert (actor.failed, meter.walks) == ([], 1)
+
+
+async def test_what_is_over_its_limit_is_stopped() -> None:
+    actor, meter = await look(LIMIT + 50, LIMIT + 20)
+    assert (len(actor.failed), meter.walks) == (1, 1)
+
+
+async def test_below_the_limit_an_estimate_is_enough() -> None:
+    actor, meter = await look(LIMIT - 50, LIMIT + 20)
+    assert (actor.failed, meter.walks) == ([], 0)
+
+
+async def test_kills_of_the_time_without_workers_are_not_those_of_the_next(tmp_path: Path) -> None:
+    source = tmp_path / "vmstat"
+    source.write_text("pgfault 12\noom_kill 4\n")
+    kills = OomKills(source)
+    idle = watch({}, kills)
+    source.write_text("pgfault 12\noom_kill 5\n")
+    await idle._look()
+    await idle._look()
+    assert not kills.have_grown()
