@@ -16,10 +16,9 @@ from collections.abc import Callable
 import zmq
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Generate, Load
+from protocol.messages import Generate
 from supervisor import lifecycle, status
 from supervisor.canary import CanaryReport
-from supervisor.casefile import CaseFile
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.lifecycle import Command, Event, Readiness, State
@@ -31,6 +30,7 @@ from supervisor.requests import RequestTable
 from supervisor.services import Services
 from supervisor.stream import RequestStream
 from supervisor.views import ModelView, ReadinessView
+from supervisor.waiters import LoadWaiters
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Actor:
         self._canary: asyncio.Task[None] | None = None
         self._canary_report: CanaryReport | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._load_waiters: set[asyncio.Future[ReadinessView]] = set()
+        self._load_waiters = LoadWaiters()
         self._changed = asyncio.Event()
         self._spawned_at = 0.0
         self._memory_baseline: int | None = None
@@ -103,12 +103,7 @@ class Actor:
             return self.readiness()
         if self.state.readiness is Readiness.QUARANTINED:
             raise status.unstable(self.spec.model_id, self.state.reason)
-        waiter: asyncio.Future[ReadinessView] = asyncio.get_running_loop().create_future()
-        self._load_waiters.add(waiter)
-        try:
-            return await waiter
-        finally:
-            self._load_waiters.discard(waiter)
+        return await self._load_waiters.wait()
 
     async def changed(self) -> None:
         """Wait for the next transition."""
@@ -267,7 +262,7 @@ class Actor:
                 log.exception("%s: %s", self.spec.model_id, type(command).__name__)
         after = self._state
         if after is not before:
-            self._log(before, after)
+            status.log_transition(self.spec.model_id, before, after)
             self._changed.set()
             self._changed = asyncio.Event()
         if after is None:
@@ -330,37 +325,14 @@ class Actor:
         return f"model {self.spec.model_id!r}: {reason}"
 
     def _spawn(self, number: int) -> None:
-        settings = self._services.settings
-        load = Load(
-            path=str(self.spec.files.path),
-            context_length=self.spec.context_length,
-            max_sequences=settings.max_sequences,
-            threads=settings.threads,
-            prompt_cache_bytes=settings.prompt_cache_bytes,
-            draft_tokens=settings.draft_tokens,
-        )
         self._spawned_at = time.monotonic()
         self._loaded_at = None
         self._memory_baseline = None
-        case = CaseFile(
-            model=self.spec.model_id,
-            generation=number,
-            backend=self.spec.backend,
-            backend_version=self.spec.backend_version,
-        )
         try:
             generation = Generation(
                 number,
-                name=f"{self.spec.model_id} (generation {number})",
-                load=load,
-                backend=self.spec.backend,
-                backend_version=self.spec.backend_version,
-                settings=settings,
-                server_mark=self._services.server_mark,
-                oom_kills=self._services.oom_kills,
-                case=case,
-                zmq_context=self._services.zmq_context,
-                socket_folder=self._services.sockets.path,
+                self.spec,
+                self._services,
                 requests=self._requests,
                 post=self._inbox.put_nowait,
             )
@@ -403,22 +375,18 @@ class Actor:
         )
 
     def _answer_loads(self, command: lifecycle.AnswerLoads) -> None:
-        waiters, self._load_waiters = self._load_waiters, set()
-        reason = self._explain(command.reason)
-        if command.code is not None and self._state is not None:
-            if waiters:
+        if command.code is None:
+            self._load_waiters.answer(self.readiness())
+            return
+        reason, state = self._explain(command.reason), self._state
+        if state is not None:
+            if self._load_waiters:
                 log.warning(
                     "%s: load ended: %s (%s)", self.spec.model_id, command.reason, command.code
                 )
-            if self._state.readiness is Readiness.LOADING and not self._state.unloading:
+            if state.readiness is Readiness.LOADING and not state.unloading:
                 reason += "; it will be tried again"
-        for waiter in waiters:
-            if waiter.done():
-                continue
-            if command.code is None:
-                waiter.set_result(self.readiness())
-            else:
-                waiter.set_exception(CodedError(command.code, reason))
+        self._load_waiters.answer(CodedError(command.code, reason))
 
     def _on_untracked(self) -> None:
         self._lose_worker()
@@ -430,18 +398,3 @@ class Actor:
         )
         self._inbox.put_nowait(None)
         self._on_gone()
-
-    def _log(self, before: State | None, after: State | None) -> None:
-        old = "untracked" if before is None else before.readiness
-        if after is None:
-            log.info("%s: %s -> untracked", self.spec.model_id, old)
-        elif before is None or before.readiness is not after.readiness:
-            bad = after.readiness is Readiness.QUARANTINED or after.failed
-            log.log(
-                logging.WARNING if bad else logging.INFO,
-                "%s: %s -> %s (%s)",
-                self.spec.model_id,
-                old,
-                after.readiness,
-                after.reason,
-            )

@@ -16,9 +16,6 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Coroutine
-from pathlib import Path
-
-import zmq
 
 from protocol.errors import ErrorCode
 from protocol.handshake import EXIT_FAULT, HandshakeError, WorkerBoot, verify_hello
@@ -41,13 +38,13 @@ from protocol.messages import (
 )
 from supervisor.casefile import CaseFile
 from supervisor.channel import Channel, ChannelClosed, ChannelFull
-from supervisor.footprint import OomKills
+from supervisor.gate import ModelSpec
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
 from supervisor.marks import kill_marked
 from supervisor.process import WorkerProcess
 from supervisor.quarantine import FailureKind
 from supervisor.requests import Delivery, RequestTable
-from supervisor.settings import Settings
+from supervisor.services import Services
 from supervisor.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -63,9 +60,7 @@ STACK_DUMP_S = 0.2
 
 
 class Generation:
-    """A live worker. ``post`` takes lifecycle events; all on the event loop.
-
-    ``server_mark`` is what ``marks.server_mark`` gave for this run of the server.
+    """A live worker of ``spec``'s model. ``post`` takes lifecycle events; all on the event loop.
 
     Raises ``OSError`` or ``zmq.ZMQError`` when the process or its sockets cannot be made.
     """
@@ -73,28 +68,25 @@ class Generation:
     def __init__(
         self,
         number: int,
+        spec: ModelSpec,
+        services: Services,
         *,
-        name: str,
-        load: Load,
-        backend: str,
-        backend_version: str,
-        settings: Settings,
-        server_mark: str,
-        oom_kills: OomKills,
-        case: CaseFile,
-        zmq_context: zmq.Context[zmq.Socket[bytes]],
-        socket_folder: Path,
         requests: RequestTable,
         post: Callable[[Event], None],
     ) -> None:
+        settings = services.settings
         self.number = number
         self.model: Loaded | None = None
-        self.case = case
-        self._oom_kills = oom_kills
-        self._load = load
-        self._backend_version = backend_version
-        self._name = name
+        self.case = CaseFile(
+            model=spec.model_id,
+            generation=number,
+            backend=spec.backend,
+            backend_version=spec.backend_version,
+        )
+        self._spec = spec
+        self._name = f"{spec.model_id} (generation {number})"
         self._settings = settings
+        self._oom_kills = services.oom_kills
         self._requests = requests
         self._post = post
         self._loop = asyncio.get_running_loop()
@@ -108,8 +100,8 @@ class Generation:
             always.callback(os.close, death_read)
             undo.callback(os.close, self._death_write)
             self._channel = Channel(
-                zmq_context,
-                socket_folder,
+                services.zmq_context,
+                services.sockets.path,
                 secrets.token_hex(4),
                 on_message=self._on_message,
                 on_violation=self._on_violation,
@@ -120,7 +112,7 @@ class Generation:
                 beat_endpoint=self._channel.beat_endpoint,
                 nonce=secrets.token_hex(16),
                 generation=number,
-                backend=backend,
+                backend=spec.backend,
                 parent_pid=os.getpid(),
                 death_fd=death_read,
                 beat_interval_s=settings.beat_interval_s,
@@ -130,8 +122,8 @@ class Generation:
                 self._boot,
                 death_read,
                 on_exit=self._on_exit,
-                name=name,
-                mark=server_mark + self._boot.nonce,
+                name=self._name,
+                mark=services.server_mark + self._boot.nonce,
             )
             undo.pop_all()
         now = time.monotonic()
@@ -221,16 +213,25 @@ class Generation:
             return
         self._greeted = True
         self.case.note("said hello")
-        if hello.backend_version != self._backend_version:
+        if hello.backend_version != self._spec.backend_version:
             # What this generation does would be remembered under the wrong version.
             reason = (
                 f"backend {hello.backend!r} is now version {hello.backend_version}, "
-                f"the model was admitted for {self._backend_version}; load it again"
+                f"the model was admitted for {self._spec.backend_version}; load it again"
             )
             self._post(LoadRefused(self.number, ErrorCode.MODEL_CONFLICT, reason))
             return
         self._watchdog.enter(Phase.LOAD, time.monotonic())
-        self.send(self._load)
+        self.send(
+            Load(
+                path=str(self._spec.files.path),
+                context_length=self._spec.context_length,
+                max_sequences=self._settings.max_sequences,
+                threads=self._settings.threads,
+                prompt_cache_bytes=self._settings.prompt_cache_bytes,
+                draft_tokens=self._settings.draft_tokens,
+            )
+        )
 
     def _on_load_failed(self, message: LoadFailed) -> None:
         if message.code is ErrorCode.MODEL_LOADER_CRASHED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import psutil
@@ -10,6 +11,8 @@ from protocol.errors import CodedError, ErrorCode
 from supervisor.lifecycle import Readiness, State
 from supervisor.quarantine import Policy, count_in_window
 from supervisor.views import ReadinessView
+
+log = logging.getLogger(__name__)
 
 
 def readiness_view(state: State, policy: Policy) -> ReadinessView:
@@ -52,6 +55,17 @@ def unstable(model_id: str, reason: str) -> CodedError:
         f"model {model_id!r} is quarantined: {reason}; "
         "release it, or load it with allow_unsupported_runtime=true to put it on probation",
     )
+
+
+def log_transition(model_id: str, before: State | None, after: State | None) -> None:
+    """Say that a model's public state has changed, if it has."""
+    old = "untracked" if before is None else before.readiness
+    if after is None:
+        log.info("%s: %s -> untracked", model_id, old)
+    elif before is None or before.readiness is not after.readiness:
+        bad = after.readiness is Readiness.QUARANTINED or after.failed
+        level = logging.WARNING if bad else logging.INFO
+        log.log(level, "%s: %s -> %s (%s)", model_id, old, after.readiness, after.reason)
 
 
 def resident_gb(pid: int) -> float | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy
 
-from tests.support.tiny_gguf import add_tokenizer
+from tests.support.tiny_gguf import add_tokenizer, write_tensors
 from tests.support.tiny_vocab import tiny_vocab
 
 _WINDOW = 32
@@ -32,12 +32,7 @@ def write_tiny_gemma(path: Path) -> Path:
     writer.add_sliding_window(_WINDOW)
     writer.add_rope_freq_base(10_000.0)
     add_tokenizer(writer, vocab)
-    for name, tensor in _weights(len(vocab)).items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer, _weights(len(vocab)))
     return path
 
 

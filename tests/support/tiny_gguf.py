@@ -1,8 +1,10 @@
 """Writes a random GGUF model of about a million parameters, in well under a second."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
+import numpy
 
 from tests.support.tiny_vocab import (
     CHAT_TEMPLATE,
@@ -60,13 +62,18 @@ def write_tiny_gguf(
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     tensors = tiny_weights(shape, vocab, seed=seed, extra_rows=extra_embedding_rows, flaw=flaw)
+    write_tensors(writer, {_gguf_name(name): tensor for name, tensor in tensors.items()})
+    return path
+
+
+def write_tensors(writer: gguf.GGUFWriter, tensors: Mapping[str, numpy.ndarray]) -> None:
+    """Write the file, of which everything else has been added, and close it."""
     for name, tensor in tensors.items():
-        writer.add_tensor(_gguf_name(name), tensor)
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _add_shape(writer: gguf.GGUFWriter, shape: Shape, vocab: TinyVocab) -> None:

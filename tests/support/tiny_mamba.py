@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import numpy
 
-from tests.support.tiny_gguf import add_tokenizer
+from tests.support.tiny_gguf import add_tokenizer, write_tensors
 from tests.support.tiny_vocab import tiny_vocab
 
 _HIDDEN, _INNER, _STATE, _RANK, _KERNEL, _LAYERS = 64, 128, 16, 4, 4, 2
@@ -28,12 +28,7 @@ def write_tiny_mamba(path: Path) -> Path:
     writer.add_ssm_state_size(_STATE)
     writer.add_ssm_time_step_rank(_RANK)
     add_tokenizer(writer, vocab)
-    for name, tensor in _weights(len(vocab)).items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer, _weights(len(vocab)))
     return path
 
 

@@ -24,7 +24,6 @@ ONLY_IN = {
 }
 #: They hold the context that sockets are made from, but make none.
 ONLY_IN["zmq"] |= {
-    "supervisor/generation.py",
     "supervisor/actor.py",
     "supervisor/fleet.py",
     "supervisor/services.py",
