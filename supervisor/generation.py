@@ -241,7 +241,8 @@ class Generation:
         self._explained.set()
 
     def _on_violation(self, reason: str) -> None:
-        self._fail(FailureKind.PROTOCOL, reason)
+        if not self._condemned:
+            self._fail(FailureKind.PROTOCOL, reason)
 
     # --- what the clock says ---
 
@@ -271,6 +272,9 @@ class Generation:
     # --- how it ends ---
 
     def _fail(self, kind: FailureKind, reason: str) -> None:
+        # From here on: what it has said after its failure may be waiting to be read
+        # in this very turn, before the owner hears of it.
+        self._condemned = True
         self._post(WorkerFailed(self.number, kind, reason, random.random()))
 
     def _on_exit(self) -> None:
