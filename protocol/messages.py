@@ -8,20 +8,13 @@ default without breaking the other side; any other change raises
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
-import msgspec
-
+from protocol.chat import ChatMessage, Constraint, Extras, Tool, ToolChoice
 from protocol.errors import ErrorCode
+from protocol.records import Message, Record
 
 PROTOCOL_VERSION = 1
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Base of all messages; the tag is the class name."""
-
-
-class Record(msgspec.Struct, frozen=True, array_like=True):
-    """Base of the values inside messages."""
 
 
 class Phase(StrEnum):
@@ -35,10 +28,11 @@ class Phase(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended. The first two are OpenAI's ``finish_reason``."""
+    """Why a sequence ended. All but the last are OpenAI's ``finish_reason``."""
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
     CANCELLED = "cancelled"
 
 
@@ -70,14 +64,6 @@ class Sampling(Record, frozen=True):
     logit_bias: dict[int, float] = {}
 
 
-class ChatMessage(Record, frozen=True):
-    """One turn of a conversation; ``content`` is plain text."""
-
-    role: str
-    content: str
-    name: str | None = None
-
-
 # --- supervisor to worker ----------------------------------------------------
 
 
@@ -107,6 +93,11 @@ class Generate(Message, frozen=True):
     ``validate_logits`` makes a NaN or infinite logit a backend fault; it costs a
     pass over the vocabulary per token, so only the canary asks for it. ``client``
     is whose request it is, for fairness: any text, equal for the same client.
+
+    Of a chat only: ``tools`` and how they may be used, ``template_options``, further
+    variables for the chat template. ``constraint`` is what the answer must match;
+    ``top_logprobs`` asks for log probabilities, and for so many of the likeliest
+    tokens (None: for none). ``echo`` puts the prompt's text before the answer.
     """
 
     request_id: int
@@ -119,6 +110,14 @@ class Generate(Message, frozen=True):
     validate_logits: bool = False
     client: str = ""
     priority: Priority = Priority.NORMAL
+    tools: list[Tool] = []
+    tool_choice: ToolChoice = ToolChoice.AUTO
+    named_tool: str | None = None
+    parallel_tool_calls: bool = True
+    template_options: dict[str, Any] = {}
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
+    echo: bool = False
 
 
 class Cancel(Message, frozen=True):
@@ -204,13 +203,14 @@ class Delta(Record, frozen=True):
 
     ``text`` may be empty while a multi-byte character or a possible stop string
     is incomplete; ``tokens`` are the ids sampled since the last delta. The last
-    delta of a request has a ``finish``.
+    delta of a request has a ``finish``. ``extras`` are rare, or at least not for all.
     """
 
     request_id: int
     text: str
     tokens: list[int]
     finish: FinishReason | None = None
+    extras: Extras | None = None
 
 
 class Step(Message, frozen=True):

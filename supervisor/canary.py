@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from protocol.chat import ChatMessage
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import ChatMessage, FinishReason, Generate, Sampling
+from protocol.messages import FinishReason, Generate, Sampling
 from supervisor.stream import RequestStream
 
 #: Length of the canary's answer; on probation it is the larger one.

@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 
 from benchmark.plan import Answer, Plan, Reply, Request
-from protocol.messages import ChatMessage, Load, Sampling
+from protocol.chat import ChatMessage
+from protocol.messages import Load, Sampling
 from worker.backends import create_backend
 from worker.backends.base import Backend, SequenceSpec
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
-from protocol.messages import ChatMessage, Load, Sampling
+from protocol.messages import Load, Sampling
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_vocab import CONTROL_TOKENS, MARKER_TOKENS, TURN_END, tiny_vocab
 from worker.backends import create_backend

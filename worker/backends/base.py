@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from protocol.chat import ChatMessage
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import ChatMessage, Load, Loaded, Sampling
+from protocol.messages import Load, Loaded, Sampling
 
 #: Called during a load with the fraction done (0..1).
 ReportProgress = Callable[[float], None]

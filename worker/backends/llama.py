@@ -20,8 +20,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import llama_cpp
 
+from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
-from protocol.messages import ChatMessage, Load, Loaded
+from protocol.messages import Load, Loaded
 from worker.backends.base import (
     Detokenizer,
     LoadRefused,

@@ -17,8 +17,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, load_model
 
+from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
-from protocol.messages import ChatMessage, Load, Loaded
+from protocol.messages import Load, Loaded
 from worker.backends.base import (
     Detokenizer,
     LoadRefused,

@@ -13,8 +13,8 @@ from mlx_lm.tokenizer_utils import (
 )
 from mlx_lm.utils import load_tokenizer
 
+from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
-from protocol.messages import ChatMessage
 from worker.backends.base import Detokenizer, LoadRefused, PromptRefused
 from worker.backends.detokenize import ByteDetokenizer
 from worker.chat.template import message_fields

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import msgspec
 
+from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
-from protocol.messages import ChatMessage, Load, Loaded
+from protocol.messages import Load, Loaded
 from worker.backends.base import (
     Detokenizer,
     LoadRefused,

@@ -19,7 +19,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from protocol.messages import ChatMessage
+from protocol.chat import ChatMessage
 from worker.backends.base import PromptRefused
 
 

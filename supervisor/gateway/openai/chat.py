@@ -9,8 +9,9 @@ from typing import Any, Literal
 import msgspec
 from starlette.responses import Response
 
+from protocol.chat import ChatMessage
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import ChatMessage, FinishReason, Generate
+from protocol.messages import FinishReason, Generate
 from supervisor.gateway.body import read_json
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response

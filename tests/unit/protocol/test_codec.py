@@ -5,20 +5,52 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol import chat as c
 from protocol import messages as m
 from protocol.codec import CodecError, Encoder, FromWorkerDecoder, ToWorkerDecoder
 from protocol.errors import ErrorCode
+from protocol.records import Message
 
 ids = st.integers(0, 2**63 - 1)
 text = st.text(st.characters(codec="utf-8"))
 floats = st.floats(allow_nan=False, allow_infinity=False)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | floats | text,
+    lambda inner: st.lists(inner) | st.dictionaries(text, inner),
+    max_leaves=5,
+)
+schemas = st.dictionaries(text, json_values, max_size=3)
+logprobs = st.builds(
+    c.TokenLogprob,
+    ids,
+    st.binary(),
+    floats,
+    st.lists(st.builds(c.TokenLogprob, ids, st.binary(), floats), max_size=2),
+)
+extras = st.builds(
+    c.Extras,
+    text,
+    ids,
+    st.lists(st.builds(c.ToolCallPiece, ids, st.none() | text, st.none() | text, text)),
+    st.lists(logprobs),
+    st.none() | text,
+)
+
+chat_messages = st.builds(
+    c.ChatMessage,
+    role=text,
+    content=text,
+    tool_calls=st.lists(st.builds(c.ToolCall, text, text, text), max_size=2),
+    tool_call_id=st.none() | text,
+)
 
 to_worker = st.one_of(
     st.builds(m.Load, path=text, context_length=st.none() | ids),
     st.builds(
         m.Generate,
         request_id=ids,
-        messages=st.none() | st.lists(st.builds(m.ChatMessage, role=text, content=text)),
+        messages=st.none() | st.lists(chat_messages),
         prompt=st.none() | text | st.lists(ids),
         sampling=st.builds(
             m.Sampling,
@@ -27,6 +59,10 @@ to_worker = st.one_of(
             logit_bias=st.dictionaries(ids, floats, max_size=4),
         ),
         stop=st.lists(text, max_size=4),
+        tools=st.lists(st.builds(c.Tool, text, st.none() | text, schemas), max_size=2),
+        tool_choice=st.sampled_from(c.ToolChoice),
+        template_options=schemas,
+        constraint=st.none() | st.builds(c.Constraint, st.sampled_from(c.ConstraintKind), text),
     ),
     st.builds(m.Cancel, request_id=ids),
     st.just(m.Shutdown()),
@@ -42,7 +78,12 @@ from_worker = st.one_of(
         m.Step,
         st.lists(
             st.builds(
-                m.Delta, ids, text, st.lists(ids), st.none() | st.sampled_from(m.FinishReason)
+                m.Delta,
+                ids,
+                text,
+                st.lists(ids),
+                st.none() | st.sampled_from(m.FinishReason),
+                st.none() | extras,
             )
         ),
     ),
@@ -74,7 +115,7 @@ def test_any_other_frame_is_a_codec_error(frame: bytes) -> None:
             decoded = decode(frame)
         except CodecError:
             continue
-        assert isinstance(decoded, m.Message)
+        assert isinstance(decoded, Message)
 
 
 @given(from_worker, st.data())

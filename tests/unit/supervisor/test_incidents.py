@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from protocol.messages import ChatMessage, Generate, Phase, Priority, Sampling
+from protocol.chat import ChatMessage
+from protocol.messages import Generate, Phase, Priority, Sampling
 from supervisor import incidents as incidents_module
 from supervisor.casefile import CaseFile
 from supervisor.incidents import Fingerprints, Incident, IncidentStore, stacks_in

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
-from protocol.messages import ChatMessage
 from worker.backends.base import PromptRefused
 from worker.chat.template import BrokenTemplate, ChatTemplate
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
 from protocol.messages import (
     Accepted,
-    ChatMessage,
     Delta,
     FinishReason,
     Generate,

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.types import ASGIApp
 
+from protocol.chat import ChatMessage
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import ChatMessage, FinishReason, Sampling
+from protocol.messages import FinishReason, Sampling
 from supervisor.gateway.openai.answers import ChatChunks
 from supervisor.gateway.streaming import encode_text
 from supervisor.metrics import Metrics
