@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import groupby
 from typing import Any
 
 from protocol.records import Record
@@ -105,3 +107,27 @@ class Extras(Record, frozen=True):
     tool_calls: list[ToolCallPiece] = []
     logprobs: list[TokenLogprob] = []
     stop: str | None = None
+
+
+def join_extras(parts: Sequence[Extras]) -> Extras | None:
+    """What several deltas in a row added, as of one; None of none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    stops = [part.stop for part in parts if part.stop is not None]
+    return Extras(
+        "".join(part.reasoning for part in parts),
+        sum(part.reasoning_tokens for part in parts),
+        _join_pieces([piece for part in parts for piece in part.tool_calls]),
+        [each for part in parts for each in part.logprobs],
+        stops[0] if stops else None,
+    )
+
+
+def _join_pieces(pieces: list[ToolCallPiece]) -> list[ToolCallPiece]:
+    """One for each run of pieces of the same call."""
+    joined = []
+    for index, run in groupby(pieces, key=lambda piece: piece.index):
+        first, *rest = run
+        arguments = "".join([first.arguments, *(piece.arguments for piece in rest)])
+        joined.append(ToolCallPiece(index, first.id, first.name, arguments))
+    return joined

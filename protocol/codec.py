@@ -36,7 +36,7 @@ class ToWorkerDecoder:
     def __call__(self, frame: bytes) -> ToWorker:
         try:
             return self._decode(frame)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise CodecError(str(error)) from error
 
 

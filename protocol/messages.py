@@ -97,7 +97,9 @@ class Generate(Message, frozen=True):
     Of a chat only: ``tools`` and how they may be used, ``template_options``, further
     variables for the chat template. ``constraint`` is what the answer must match;
     ``top_logprobs`` asks for log probabilities, and for so many of the likeliest
-    tokens (None: for none). ``echo`` puts the prompt's text before the answer.
+    tokens (None: for none). ``echo`` puts the prompt's text before the answer. ``raw``:
+    the answer to a chat is the text as the model writes it, with its reasoning and calls.
+    Without ``cache_prompt`` all of the prompt is computed anew.
     """
 
     request_id: int
@@ -118,6 +120,8 @@ class Generate(Message, frozen=True):
     constraint: Constraint | None = None
     top_logprobs: int | None = None
     echo: bool = False
+    cache_prompt: bool = True
+    raw: bool = False
 
 
 class Cancel(Message, frozen=True):

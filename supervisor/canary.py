@@ -150,6 +150,7 @@ class _Canary:
                 # An instruct model may have nothing to say; that is no fault.
                 ignore_eos=True,
                 validate_logits=True,
+                raw=True,
             )
         )
 

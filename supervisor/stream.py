@@ -8,9 +8,11 @@ larger writes, and at a bound it loses its request instead of everyone's memory.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from protocol.chat import Extras, join_extras
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Delta, FinishReason
 
@@ -20,10 +22,14 @@ class Chunk(NamedTuple):
 
     text: str
     finish: FinishReason | None
+    extras: Extras | None = None
 
 
-#: Takes a piece of text at once, or says False: its client is behind.
-Sink = Callable[[str], bool]
+#: Takes a piece of the answer at once, or says False: its client is behind.
+Sink = Callable[[str, Extras | None], bool]
+
+#: What a token's log probability takes of a buffer, in characters, roughly.
+_LOGPROB_SIZE = 50
 
 
 class RequestStream:
@@ -38,12 +44,18 @@ class RequestStream:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.cached_tokens = 0
+        #: Those of the completion tokens that are of the reasoning.
+        self.reasoning_tokens = 0
         #: Seconds from the submission to the start of the answer; None: not started.
         self.started_after_s: float | None = None
+        #: Seconds from the start of the answer to its end; 0 until then.
+        self.generated_s = 0.0
+        self._started_at = 0.0
         self._max_buffer_bytes = max_buffer_bytes
         self._on_close = on_close
         self._accepted = False
         self._texts: list[str] = []
+        self._extras: list[Extras] = []
         self._buffered = 0
         self._finish: FinishReason | None = None
         self._error: CodedError | None = None
@@ -64,25 +76,33 @@ class RequestStream:
         """The worker has the prompt in its KV cache, ``cached_tokens`` of it from before."""
         self.cached_tokens = cached_tokens
         self.started_after_s = after_s
+        self._started_at = time.monotonic()
 
     def push(self, delta: Delta) -> None:
         """Add what one step brought; past the buffer's bound the request fails."""
         if self._finish is not None or self._error is not None:
             return
         self.completion_tokens += len(delta.tokens)
-        text = delta.text
-        if text:
+        text, extras = delta.text, delta.extras
+        if extras is not None:
+            self.reasoning_tokens += extras.reasoning_tokens
+        if text or extras is not None:
             if (
                 self._sink is not None
                 and delta.finish is None
                 # Otherwise the consumer is at work on what came before.
                 and self._waiter is not None
                 and not self._texts
-                and self._take(self._sink, text)
+                and not self._extras
+                and self._take(self._sink, text, extras)
             ):
                 return
-            self._texts.append(text)
-            self._buffered += len(text)
+            if text:
+                self._texts.append(text)
+                self._buffered += len(text)
+            if extras is not None:
+                self._extras.append(extras)
+                self._buffered += _size(extras)
             if self._max_buffer_bytes is not None and self._buffered > self._max_buffer_bytes:
                 self.fail(
                     CodedError(
@@ -93,7 +113,9 @@ class RequestStream:
                 self._on_close()
                 return
         self._finish = delta.finish
-        if text or delta.finish is not None:
+        if delta.finish is not None and self.has_started:
+            self.generated_s = time.monotonic() - self._started_at
+        if text or extras is not None or delta.finish is not None:
             self._wake()
 
     def fail(self, error: CodedError) -> None:
@@ -106,9 +128,11 @@ class RequestStream:
         """Forget an unfinished run, none of which was delivered, before it runs again."""
         assert not self._delivered
         self._texts.clear()
+        self._extras.clear()
         self._buffered = 0
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.reasoning_tokens = 0
         self.started_after_s = None
 
     @property
@@ -138,19 +162,21 @@ class RequestStream:
         return self.prompt_tokens
 
     async def next(self) -> Chunk:
-        """Return what arrived since the last call, waiting for at least one character.
+        """Return what arrived since the last call, waiting until there is something.
 
         Raises ``CodedError`` when the request ended in an error.
         """
-        while not self._texts and self._finish is None:
+        while not self._texts and not self._extras and self._finish is None:
             if self._error is not None:
                 raise self._error
             await self._wait()
         text = self._texts[0] if len(self._texts) == 1 else "".join(self._texts)
+        extras = join_extras(self._extras)
         self._texts.clear()
+        self._extras.clear()
         self._buffered = 0
         self._delivered = True
-        return Chunk(text, self._finish)
+        return Chunk(text, self._finish, extras)
 
     def drain_into(self, sink: Sink) -> None:
         """From now on, while the consumer waits in ``next``, text goes straight to ``sink``.
@@ -187,9 +213,9 @@ class RequestStream:
         finally:
             self._waiter = None
 
-    def _take(self, sink: Sink, text: str) -> bool:
+    def _take(self, sink: Sink, text: str, extras: Extras | None) -> bool:
         try:
-            return sink(text)
+            return sink(text, extras)
         except Exception:
             # We are in the reader of a worker that has done nothing wrong: let the
             # consumer meet it in its own time, with the text that is still there.
@@ -199,3 +225,10 @@ class RequestStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _size(extras: Extras) -> int:
+    """Of a buffer's bound; about the characters that will be sent."""
+    arguments = sum(len(piece.arguments) for piece in extras.tool_calls)
+    logprobs = sum(1 + len(each.top) for each in extras.logprobs)
+    return len(extras.reasoning) + arguments + logprobs * _LOGPROB_SIZE

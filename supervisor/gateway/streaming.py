@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from protocol.chat import Extras
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import FinishReason
 from supervisor.gateway.body import ClientDisconnected
@@ -34,13 +36,13 @@ _encode = msgspec.json.Encoder().encode
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-def encode_text(text: str) -> bytes:
-    """A JSON string without any character that somebody's line splitter takes for a line end.
+def encode_json(value: object) -> bytes:
+    """JSON without any character that somebody's line splitter takes for a line end.
 
     SSE ends lines at CR and LF, which JSON escapes; but widely used clients split
     with Unicode rules, which know three more.
     """
-    data = _encode(text)
+    data = _encode(value)
     if not data.isascii():
         data = (
             data.replace(b"\xe2\x80\xa8", b"\\u2028")
@@ -51,47 +53,70 @@ def encode_text(text: str) -> bytes:
 
 
 class EventFormat(Protocol):
-    """One API's way to say things in events; every method returns whole events."""
+    """One API's way to say things in events; every method returns whole events.
 
-    def first(self) -> bytes:
-        """What precedes any text."""
+    ``index`` counts the answers, where a request has several.
+    """
 
-    def text(self, text: str) -> bytes:
-        """A piece of the answer, never empty."""
+    def first(self, streams: Sequence[RequestStream]) -> bytes:
+        """What precedes any text; the streams have the prompt's token counts."""
 
-    def last(self, finish: FinishReason, stream: RequestStream) -> bytes:
+    def piece(self, index: int, text: str, extras: Extras | None) -> bytes:
+        """A piece of an answer: text, something else, or both."""
+
+    def last(self, index: int, finish: FinishReason, stream: RequestStream) -> bytes:
         """The proper end of an answer; the stream has its token counts."""
 
+    def end(self, streams: Sequence[RequestStream]) -> bytes:
+        """What follows the ends of all answers."""
 
-def error_event(error: CodedError) -> bytes:
-    return b"data: " + error_body(error) + b"\n\n"
+    def error(self, error: CodedError) -> bytes:
+        """The end of a stream that failed."""
+
+    def keep_alive(self) -> bytes:
+        """Something that means nothing."""
+
+
+class OpenAIEvents:
+    """What all of OpenAI's streams have in common."""
+
+    def error(self, error: CodedError) -> bytes:
+        return b"data: " + error_body(error) + b"\n\n"
+
+    def keep_alive(self) -> bytes:
+        return KEEP_ALIVE
 
 
 async def open_event_stream(
-    gateway: Gateway, call: Call, stream: RequestStream, events: EventFormat, started: float
+    gateway: Gateway,
+    call: Call,
+    streams: Sequence[RequestStream],
+    events: EventFormat,
+    started: float,
 ) -> EventStream:
-    """Wait until the request is accepted, so that a refusal is a proper HTTP error.
+    """Wait until the requests are accepted, so that a refusal is a proper HTTP error.
 
     ``started`` is the ``time.perf_counter`` of the request's arrival.
     """
-    watch = watch_disconnect(call.receive, (stream,))
+    watch = watch_disconnect(call.receive, streams)
     try:
-        await stream.accepted()
+        for stream in streams:
+            await stream.accepted()
     except BaseException:
         watch.cancel()
-        release(gateway, call, (stream,))
+        release(gateway, call, streams)
         raise
-    return EventStream(gateway, call, stream, events, watch, started)
+    return EventStream(gateway, call, streams, events, watch, started)
 
 
 class EventStream(Response):
-    """Relays one accepted request as server-sent events."""
+    """Relays the accepted requests of one call as server-sent events."""
 
     def __init__(
         self,
         gateway: Gateway,
         call: Call,
-        stream: RequestStream,
+        streams: Sequence[RequestStream],
         events: EventFormat,
         watch: asyncio.Task[None],
         started: float,
@@ -106,20 +131,24 @@ class EventStream(Response):
         ]
         self._gateway = gateway
         self._call = call
-        self._stream = stream
+        self._streams = streams
         self._events = events
         self._watch = watch
         self._started = started
+        self._waiting_for_first = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        keep_alive = _KeepAlive(send, self._gateway.settings.sse_keepalive_s)
+        keep_alive = _KeepAlive(
+            send, self._events.keep_alive, self._gateway.settings.sse_keepalive_s
+        )
         # Under another server than ours there is none, and all goes through ``send``.
         body: BodyWriter | None = scope.get(BODY_WRITER)
         end = b""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await _send(send, self._events.first(), more=True)
-            end = await self._relay(send, body, keep_alive)
+            await _send(send, self._events.first(self._streams), more=True)
+            end = await self._relay_all(send, body, keep_alive)
+            end += self._events.end(self._streams)
         except (ClientDisconnected, OSError):
             self._call.outcome = CLIENT_DISCONNECTED
         except Exception as error:
@@ -127,49 +156,69 @@ class EventStream(Response):
             if failure is not error:
                 log.exception("stream %s failed", self._call.request_id.decode())
             self._call.outcome = failure.code.value
-            end = error_event(failure)
+            end = self._events.error(failure)
         except asyncio.CancelledError:
             self._call.outcome = ErrorCode.SHUTTING_DOWN.value
             raise
         finally:
             keep_alive.stop()
             self._watch.cancel()
-            release(self._gateway, self._call, (self._stream,))
+            release(self._gateway, self._call, self._streams)
         await _send(send, end, more=False)
 
-    async def _relay(self, send: Send, body: BodyWriter | None, keep_alive: _KeepAlive) -> bytes:
-        """Send everything but the end, which is returned."""
-        stream, events = self._stream, self._events
+    async def _relay_all(
+        self, send: Send, body: BodyWriter | None, keep_alive: _KeepAlive
+    ) -> bytes:
+        """Send everything but the end of what ended last, which is returned."""
+        if len(self._streams) == 1:
+            return await self._relay(0, send, body, keep_alive)
+        relays = [
+            asyncio.ensure_future(self._relay(index, send, body, keep_alive))
+            for index in range(len(self._streams))
+        ]
+        try:
+            for relay in asyncio.as_completed(relays):
+                await _send(send, await relay, more=True)
+        finally:
+            for each in relays:
+                each.cancel()
+            # What else failed has nobody to tell it to.
+            await asyncio.gather(*relays, return_exceptions=True)
+        return b""
+
+    async def _relay(
+        self, index: int, send: Send, body: BodyWriter | None, keep_alive: _KeepAlive
+    ) -> bytes:
+        """Send everything of one answer but the end, which is returned."""
+        stream, events = self._streams[index], self._events
         clock = asyncio.get_running_loop().time
 
-        def pass_on(text: str) -> bool:
+        def pass_on(text: str, extras: Extras | None) -> bool:
             assert body is not None
-            if body.write(events.text(text)):
+            if body.write(events.piece(index, text, extras)):
                 keep_alive.last_sent = clock()
                 return True
             return False
 
-        waiting_for_first = True
         while True:
-            text, finish = await stream.next()
-            if waiting_for_first and text:
-                waiting_for_first = False
+            text, finish, extras = await stream.next()
+            something = bool(text) or extras is not None
+            if self._waiting_for_first and something:
+                self._waiting_for_first = False
                 self._gateway.metrics.first_token(
                     self._call.model, time.perf_counter() - self._started
                 )
+            data = events.piece(index, text, extras) if something else b""
             if finish is None:
-                await send(
-                    {"type": "http.response.body", "body": events.text(text), "more_body": True}
-                )
+                await send({"type": "http.response.body", "body": data, "more_body": True})
                 keep_alive.last_sent = clock()
                 if body is not None:
                     stream.drain_into(pass_on)
                 continue
-            data = events.text(text) if text else b""
             if finish is FinishReason.CANCELLED:
                 await _send(send, data, more=True)
                 raise cancelled_by_server()
-            return data + events.last(finish, stream)
+            return data + events.last(index, finish, stream)
 
 
 async def _send(send: Send, body: bytes, *, more: bool) -> None:
@@ -177,13 +226,14 @@ async def _send(send: Send, body: bytes, *, more: bool) -> None:
 
 
 class _KeepAlive:
-    """Sends an SSE comment whenever nothing was sent for ``interval`` seconds.
+    """Sends ``message()`` whenever nothing was sent for ``interval`` seconds.
 
     One timer per stream that re-arms itself; a chunk costs a store of the time.
     """
 
-    def __init__(self, send: Send, interval: float) -> None:
+    def __init__(self, send: Send, message: Callable[[], bytes], interval: float) -> None:
         self._send = send
+        self._message = message
         self._interval = interval
         self._loop = asyncio.get_running_loop()
         self._ping: asyncio.Task[None] | None = None
@@ -202,7 +252,7 @@ class _KeepAlive:
         # The loop's clock has the timer's granularity: a hair early is on time.
         if now >= due - 0.001:
             if self._ping is None or self._ping.done():
-                self._ping = self._loop.create_task(_send(self._send, KEEP_ALIVE, more=True))
+                self._ping = self._loop.create_task(_send(self._send, self._message(), more=True))
             self.last_sent = now
             due = now + self._interval
         self._timer = self._loop.call_later(due - now, self._tick)

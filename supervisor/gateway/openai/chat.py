@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 from starlette.responses import Response
 
-from protocol.chat import ChatMessage
-from protocol.errors import CodedError, ErrorCode
-from protocol.messages import FinishReason, Generate
+from protocol.messages import Generate
 from supervisor.gateway.body import read_json
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response
 from supervisor.gateway.generation import collect, fingerprint, submit
 from supervisor.gateway.openai.answers import (
-    ChatAnswerMessage,
-    ChatChoice,
     ChatChunks,
     ChatCompletion,
+    chat_choice,
     new_id,
+    timings,
     usage,
 )
 from supervisor.gateway.openai.parameters import (
@@ -29,67 +28,53 @@ from supervisor.gateway.openai.parameters import (
     PositiveInt,
     invalid_value,
     refuse_unsupported,
-    unsupported,
+    several,
 )
+from supervisor.gateway.openai.tools import (
+    Choice,
+    ResponseFormat,
+    ToolSpec,
+    constraint_of,
+    tool_use,
+)
+from supervisor.gateway.openai.turns import Turn, messages_of
 from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
 
-
-class Part(msgspec.Struct):
-    type: str
-    text: str | None = None
-
-
-class Turn(msgspec.Struct, kw_only=True):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    name: str | None = None
-    tool_calls: Any = None
-    function_call: Any = None
-    audio: Any = None
-    refusal: Any = None
+#: Variables of a chat template that are not a client's to set.
+_RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
 class ChatRequest(Parameters, kw_only=True):
     messages: list[Turn]
     max_completion_tokens: PositiveInt | None = None
-    tools: Any = None
-    tool_choice: Any = None
+    tools: list[ToolSpec] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    reasoning_effort: str | None = None
+    #: Further variables for the model's chat template, such as ``enable_thinking``.
+    chat_template_kwargs: dict[str, Any] | None = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
 
 #: Documented fields that cannot be honoured, with the values that ask for nothing.
-_REQUEST_LIMITS: Mapping[str, Sequence[Any]] = {
-    "n": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+_LIMITS: Mapping[str, Sequence[Any]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "modalities": (["text"], []),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
-}
-_TURN_LIMITS: Mapping[str, Sequence[Any]] = {
-    "tool_calls": ([],),
-    "function_call": (),
-    "audio": (),
-    "refusal": ("",),
 }
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -100,63 +85,71 @@ async def chat_completions(gateway: Gateway, call: Call) -> Response:
     request = await read_json(call, _decoder, gateway.settings)
     streaming = bool(request.stream)
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
-    generates = [to_generate(request)]
+    answers = request.n or 1
+    generates = several(to_generate(request), answers)
     streams = submit(gateway, call, request.model, generates, terms, streaming=streaming)
     system_fingerprint = fingerprint(gateway, request.model)
     if streaming:
-        events = ChatChunks(request.model, system_fingerprint, include_usage=request.include_usage)
-        return await open_event_stream(gateway, call, streams[0], events, started)
-    [answer] = await collect(gateway, call, streams)
+        events = ChatChunks(
+            request.model,
+            system_fingerprint,
+            include_usage=request.include_usage,
+            answers=answers,
+            logprobs=bool(request.logprobs),
+        )
+        return await open_event_stream(gateway, call, streams, events, started)
+    chunks = await collect(gateway, call, streams)
     completion = ChatCompletion(
         id=new_id("chatcmpl"),
         created=int(time.time()),
         model=request.model,
-        choices=[ChatChoice(ChatAnswerMessage(answer.text), answer.finish or FinishReason.STOP)],
-        usage=usage(streams),
+        choices=[
+            chat_choice(i, chunk, logprobs=bool(request.logprobs)) for i, chunk in enumerate(chunks)
+        ],
+        usage=usage(streams, answers),
         system_fingerprint=system_fingerprint,
+        timings=timings(streams),
     )
     return json_response(completion)
 
 
 def to_generate(request: ChatRequest) -> Generate:
     """Raises ``CodedError`` for what the decoder cannot see."""
-    refuse_unsupported(request, _REQUEST_LIMITS)
-    if not request.messages:
-        raise invalid_value("messages", "must not be empty")
+    refuse_unsupported(request, _LIMITS)
     max_tokens = request.max_completion_tokens
+    use = tool_use(request.tools, request.tool_choice)
     return Generate(
         request_id=0,
-        messages=[_message(turn, f"messages[{i}]") for i, turn in enumerate(request.messages)],
+        messages=messages_of(request.messages),
         sampling=request.sampling(),
         max_tokens=request.max_tokens if max_tokens is None else max_tokens,
         stop=request.stops(),
         ignore_eos=bool(request.ignore_eos),
+        tools=use.tools,
+        tool_choice=use.choice,
+        named_tool=use.named,
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        template_options=_template_options(request),
+        constraint=constraint_of(request.response_format),
+        top_logprobs=_top_logprobs(request),
+        cache_prompt=request.cache_prompt is not False,
     )
 
 
-def _message(turn: Turn, at: str) -> ChatMessage:
-    try:
-        refuse_unsupported(turn, _TURN_LIMITS)
-    except CodedError as error:
-        raise unsupported(f"{at}.{error.param}") from None
-    # Chat templates know the role under its older name.
-    role = "system" if turn.role == "developer" else turn.role
-    return ChatMessage(role, _content(turn.content, f"{at}.content"), turn.name)
+def _template_options(request: ChatRequest) -> dict[str, Any]:
+    options = dict(request.chat_template_kwargs or {})
+    if taken := sorted(_RESERVED_OPTIONS & options.keys()):
+        raise invalid_value("chat_template_kwargs", f"{taken[0]!r} is not a client's to set")
+    if request.reasoning_effort is not None:
+        options.setdefault("reasoning_effort", request.reasoning_effort)
+        if request.reasoning_effort == "none":
+            options.setdefault("enable_thinking", False)
+    return options
 
 
-def _content(content: str | list[Part] | None, at: str) -> str:
-    if isinstance(content, str):
-        return content
-    if content is None:
-        raise CodedError(ErrorCode.MISSING_PARAMETER, f"{at} is required", param=at)
-    if not content:
-        raise invalid_value(at, "must not be empty")
-    texts = []
-    for i, part in enumerate(content):
-        if part.type != "text":
-            raise unsupported(f"{at}[{i}]", f"parts of type {part.type[:50]!r} are")
-        if part.text is None:
-            param = f"{at}[{i}].text"
-            raise CodedError(ErrorCode.MISSING_PARAMETER, f"{param} is required", param=param)
-        texts.append(part.text)
-    return "\n".join(texts)
+def _top_logprobs(request: ChatRequest) -> int | None:
+    if request.logprobs:
+        return request.top_logprobs or 0
+    if request.top_logprobs:
+        raise invalid_value("top_logprobs", "needs logprobs to be true")
+    return None

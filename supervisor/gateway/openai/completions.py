@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 import msgspec
+from msgspec import Meta
 from starlette.responses import Response
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import FinishReason, Generate
+from protocol.messages import Generate
 from supervisor.gateway.body import read_json
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response
 from supervisor.gateway.generation import collect, fingerprint, submit
 from supervisor.gateway.openai.answers import (
-    TextChoice,
     TextChunks,
     TextCompletion,
     new_id,
+    text_choice,
+    timings,
     usage,
 )
 from supervisor.gateway.openai.parameters import (
@@ -27,6 +29,8 @@ from supervisor.gateway.openai.parameters import (
     TokenId,
     invalid_value,
     refuse_unsupported,
+    several,
+    unsupported,
 )
 from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
@@ -36,18 +40,15 @@ Prompt = str | list[int]
 
 class CompletionRequest(Parameters, kw_only=True):
     prompt: str | list[str | TokenId | list[TokenId]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     suffix: Any = None
-    echo: Any = None
-    logprobs: Any = None
     best_of: Any = None
 
 
 #: Documented fields that cannot be honoured, with the values that ask for nothing.
 _LIMITS: Mapping[str, Sequence[Any]] = {
-    "n": (1,),
     "suffix": ("",),
-    "echo": (False,),
-    "logprobs": (),
     "best_of": (1,),
 }
 
@@ -59,41 +60,48 @@ async def completions(gateway: Gateway, call: Call) -> Response:
     request = await read_json(call, _decoder, gateway.settings)
     requests = to_generates(request, gateway.settings.max_queue)
     streaming = bool(request.stream)
-    if streaming and len(requests) > 1:
-        raise CodedError(
-            ErrorCode.UNSUPPORTED_PARAMETER,
-            "prompt: a stream answers one prompt; send one request for each",
-            param="prompt",
-        )
+    answers_per_prompt = request.n or 1
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
     streams = submit(gateway, call, request.model, requests, terms, streaming=streaming)
     system_fingerprint = fingerprint(gateway, request.model)
     if streaming:
-        events = TextChunks(request.model, system_fingerprint, include_usage=request.include_usage)
-        return await open_event_stream(gateway, call, streams[0], events, started)
+        events = TextChunks(
+            request.model,
+            system_fingerprint,
+            include_usage=request.include_usage,
+            answers=len(requests),
+            answers_per_prompt=answers_per_prompt,
+            top_logprobs=request.logprobs,
+        )
+        return await open_event_stream(gateway, call, streams, events, started)
     answers = await collect(gateway, call, streams)
     completion = TextCompletion(
         id=new_id("cmpl"),
         created=int(time.time()),
         model=request.model,
         choices=[
-            TextChoice(answer.text, i, answer.finish or FinishReason.STOP)
+            text_choice(i, answer, logprobs=request.logprobs is not None)
             for i, answer in enumerate(answers)
         ],
-        usage=usage(streams),
+        usage=usage(streams, answers_per_prompt),
         system_fingerprint=system_fingerprint,
+        timings=timings(streams),
     )
     return json_response(completion)
 
 
 def to_generates(request: CompletionRequest, max_prompts: int) -> list[Generate]:
-    """One for each prompt. Raises ``CodedError`` for what the decoder cannot see."""
+    """``n`` for each prompt. Raises ``CodedError`` for what the decoder cannot see."""
     refuse_unsupported(request, _LIMITS)
-    prompts = _prompts(request.prompt)
-    if len(prompts) > max_prompts:
-        raise invalid_value("prompt", f"at most {max_prompts} prompts, as many as fit the queue")
+    if request.echo and request.logprobs is not None:
+        raise unsupported("echo", "log probabilities of the prompt are")
+    prompts, answers = _prompts(request.prompt), request.n or 1
+    if len(prompts) * answers > max_prompts:
+        raise invalid_value(
+            "prompt", f"at most {max_prompts} answers, prompts times n, as many as fit the queue"
+        )
     sampling, stops = request.sampling(), request.stops()
-    return [
+    requests = [
         Generate(
             request_id=0,
             prompt=prompt,
@@ -101,9 +109,13 @@ def to_generates(request: CompletionRequest, max_prompts: int) -> list[Generate]
             max_tokens=request.max_tokens,
             stop=stops,
             ignore_eos=bool(request.ignore_eos),
+            top_logprobs=request.logprobs,
+            echo=bool(request.echo),
+            cache_prompt=request.cache_prompt is not False,
         )
         for prompt in prompts
     ]
+    return [each for request in requests for each in several(request, answers)]
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:

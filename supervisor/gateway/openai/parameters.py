@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Sampling
+from protocol.messages import Generate, Sampling
 
 _MAX_STOPS = 4
 
@@ -53,7 +53,9 @@ class Parameters(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: PositiveInt | None = None
+    n: Annotated[int, Meta(ge=1, le=16)] | None = None
+    #: False: nothing of the prompt is taken from the prompt cache.
+    cache_prompt: bool | None = None
     #: Whose request it is, if it is a text; see ``gateway.scheduling``.
     user: Any = None
     safety_identifier: Any = None
@@ -88,6 +90,23 @@ class Parameters(msgspec.Struct, kw_only=True):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+def several(request: Generate, answers: int) -> list[Generate]:
+    """One request for each answer; with a seed, each has its own that follows from it."""
+    seed = request.sampling.seed
+    if answers == 1 or seed is None:
+        return [request] * answers
+    return [
+        msgspec.structs.replace(
+            request,
+            # Seeds are signed 64-bit numbers.
+            sampling=msgspec.structs.replace(
+                request.sampling, seed=(seed + i + 2**63) % 2**64 - 2**63
+            ),
+        )
+        for i in range(answers)
+    ]
 
 
 def _or(value: N | None, default: N) -> N:

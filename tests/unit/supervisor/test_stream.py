@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from protocol.chat import Extras, ToolCallPiece
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Delta, FinishReason
 from supervisor.stream import Chunk, RequestStream
@@ -131,7 +132,7 @@ async def test_a_sink_gets_text_only_while_its_consumer_waits_for_more() -> None
     taken: list[str] = []
     behind = False
 
-    def sink(text: str) -> bool:
+    def sink(text: str, _extras: Extras | None) -> bool:
         if not behind:
             taken.append(text)
         return not behind
@@ -166,7 +167,7 @@ async def test_what_a_sink_does_not_take_is_bounded() -> None:
     answer = stream(closed, bound=3)
     answer.push(delta("a"))
     await answer.next()
-    answer.drain_into(lambda _text: False)
+    answer.drain_into(lambda _text, _extras: False)
     waiting = asyncio.ensure_future(answer.next())
     await asyncio.sleep(0)
     for text in "bcde":
@@ -179,7 +180,7 @@ async def test_what_a_sink_does_not_take_is_bounded() -> None:
 
 
 async def test_a_sink_that_fails_is_the_consumers_trouble_not_the_readers() -> None:
-    def broken(_text: str) -> bool:
+    def broken(_text: str, _extras: Extras | None) -> bool:
         raise RuntimeError("the connection is closed")
 
     answer = stream()
@@ -190,3 +191,34 @@ async def test_a_sink_that_fails_is_the_consumers_trouble_not_the_readers() -> N
     await asyncio.sleep(0)
     answer.push(delta("b"))
     assert await waiting == Chunk("b", None)
+
+
+async def test_extras_arrive_joined_and_end_the_waiting() -> None:
+    answer = stream()
+    waiting = asyncio.ensure_future(answer.next())
+    await asyncio.sleep(0)
+    answer.push(Delta(1, "", [0], extras=Extras("hm", 1)))
+    answer.push(Delta(1, "a", [0], extras=Extras(" so", 1)))
+    call = [ToolCallPiece(0, "call_1", "f"), ToolCallPiece(0, arguments="{")]
+    answer.push(Delta(1, "", [0], extras=Extras(tool_calls=call)))
+    answer.push(Delta(1, "", [0], extras=Extras(tool_calls=[ToolCallPiece(0, arguments="}")])))
+    joined = Extras("hm so", 2, [ToolCallPiece(0, "call_1", "f", "{}")])
+    assert await waiting == Chunk("a", None, joined)
+    assert answer.reasoning_tokens == 2
+
+
+async def test_extras_count_towards_the_bound() -> None:
+    closed = Closed()
+    answer = stream(closed, bound=3)
+    for _ in range(2):
+        answer.push(Delta(1, "", [0], extras=Extras("hm")))
+    assert closed.times == 1
+
+
+async def test_a_restart_forgets_extras() -> None:
+    answer = stream()
+    answer.push(Delta(1, "", [0], extras=Extras("hm", 1)))
+    answer.restart()
+    answer.push(delta("a", FinishReason.STOP))
+    assert await answer.next() == Chunk("a", FinishReason.STOP)
+    assert answer.reasoning_tokens == 0

@@ -14,13 +14,27 @@ from protocol.chat import ChatMessage
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import FinishReason, Sampling
 from supervisor.gateway.openai.answers import ChatChunks
-from supervisor.gateway.streaming import encode_text
+from supervisor.gateway.streaming import encode_json
 from supervisor.metrics import Metrics
 from tests.support.asgi import Exchange, MakeApp, events
 from tests.support.fake_fleet import FakeFleet
 
 CHAT = "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "What it is like",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def named_choice(name: str) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def body(**more: object) -> dict[str, object]:
@@ -109,7 +123,7 @@ async def test_messages(client: httpx.AsyncClient, fleet: FakeFleet) -> None:
         ChatMessage("system", "Be brief."),
         ChatMessage("user", "a\nb"),
         ChatMessage("assistant", "c"),
-        ChatMessage("tool", "d"),
+        ChatMessage("tool", "d", tool_call_id="1"),
         ChatMessage("user", "", "Ann"),
     ]
 
@@ -139,21 +153,11 @@ async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClien
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tools", {"a": 1}),
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function"}),
         ("functions", [{"name": "f"}]),
         ("function_call", {"name": "f"}),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("logprobs", True),
-        ("top_logprobs", 3),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
         ("prediction", {"type": "content"}),
-        ("reasoning_effort", "high"),
         ("verbosity", "low"),
         ("web_search_options", {}),
     ],
@@ -190,9 +194,15 @@ async def test_documented_fields_that_cannot_be_honoured_are_refused_by_name(
         ),
         (
             {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-            "unsupported_parameter",
+            "missing_required_parameter",
+            "tool_calls[0].function",
+        ),
+        (
+            {"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]},
+            "invalid_value",
             "tool_calls",
         ),
+        ({"role": "tool", "content": "x"}, "missing_required_parameter", "tool_call_id"),
         (
             {"role": "assistant", "content": "", "function_call": {}},
             "unsupported_parameter",
@@ -243,6 +253,38 @@ async def test_bad_messages_are_named(
         ({"stream": "yes"}, "invalid_type", "stream"),
         ({"stream_options": {"include_usage": 1}}, "invalid_type", "stream_options.include_usage"),
         ({"n": 0}, "invalid_value", "n"),
+        ({"n": 17}, "invalid_value", "n"),
+        ({"tools": {"a": 1}}, "invalid_type", "tools"),
+        ({"tools": [{"type": "mcp"}]}, "invalid_value", "tools[0].type"),
+        ({"tools": [TOOL, TOOL]}, "invalid_value", "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "invalid_value",
+            "tools[0].function.name",
+        ),
+        ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "invalid_value", "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": named_choice("other")}, "invalid_value", "tool_choice"),
+        (
+            {"tool_choice": {"type": "function"}},
+            "missing_required_parameter",
+            "tool_choice.function",
+        ),
+        ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "missing_required_parameter",
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "missing_required_parameter",
+            "response_format.json_schema.schema",
+        ),
+        ({"logprobs": 3}, "invalid_type", "logprobs"),
+        ({"top_logprobs": 3}, "invalid_value", "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
+        ({"chat_template_kwargs": {"messages": []}}, "invalid_value", "chat_template_kwargs"),
         ({"model": None}, "invalid_type", "model"),
     ],
 )
@@ -270,7 +312,8 @@ FIELDS = st.sampled_from(
     [
         *("model", "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "seed"),
         *("logit_bias", "stop", "max_tokens", "n", "tools", "response_format"),
-        *("stream_options", "logprobs", "echo", "suffix"),
+        *("stream_options", "logprobs", "echo", "suffix", "tool_choice", "top_logprobs"),
+        *("chat_template_kwargs", "reasoning_effort", "cache_prompt", "best_of"),
     ]
 )
 
@@ -294,6 +337,7 @@ async def test_answer(client: httpx.AsyncClient) -> None:
     value = answer.json()
     assert value.pop("id").startswith("chatcmpl-")
     assert isinstance(value.pop("created"), int)
+    assert value.pop("timings")["predicted_n"] == 3
     assert value == {
         "object": "chat.completion",
         "model": "m",
@@ -310,6 +354,7 @@ async def test_answer(client: httpx.AsyncClient) -> None:
             "completion_tokens": 3,
             "total_tokens": 8,
             "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
         "system_fingerprint": "simulated-1.0",
     }
@@ -431,6 +476,7 @@ async def test_stream_with_usage(client: httpx.AsyncClient) -> None:
         "completion_tokens": 3,
         "total_tokens": 8,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert done == "[DONE]"
 
@@ -548,7 +594,7 @@ async def test_keep_alive_while_nothing_arrives(make_app: MakeApp, fleet: FakeFl
 @given(st.text())
 def test_any_text_survives_the_wire(text: str) -> None:
     """Also for clients that split lines by Unicode's rules, as ``str.splitlines`` does."""
-    chunk = ChatChunks("m", None, include_usage=False).text(text)
+    chunk = ChatChunks("m", None, include_usage=False).piece(0, text, None)
     line, blank = chunk.decode().splitlines()
     assert blank == ""
     [event] = events(chunk)
@@ -560,4 +606,4 @@ def test_any_text_survives_the_wire(text: str) -> None:
     "text", ["\n", "\r", "\r\n", "\n\n", "\u2028", "\u2029", "\x85", "\x1c", "\0", "é\u2028é"]
 )
 def test_line_ends_are_escaped(text: str) -> None:
-    assert encode_text(text).decode().splitlines() == [encode_text(text).decode()]
+    assert encode_json(text).decode().splitlines() == [encode_json(text).decode()]

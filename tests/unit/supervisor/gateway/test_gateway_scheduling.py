@@ -251,6 +251,7 @@ async def test_usage_tells_what_was_cached(
         "completion_tokens": 2,
         "total_tokens": 22,
         "prompt_tokens_details": {"cached_tokens": 7},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     labels = {"model": "m"}
     assert metrics.value("opta_lmx_prompt_tokens_total", labels) == 20
