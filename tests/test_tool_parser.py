@@ -647,9 +647,10 @@ def test_in_reasoning_follows_the_text() -> None:
 def test_harmony_reasons_in_channels() -> None:
     parser = parser_for("harmony", tools=[])
     assert parser.feed("<|channel|>analysis<|message|>Hm").reasoning == "Hm"
-    assert parser.in_reasoning
+    states = [parser.in_reasoning]
     assert parser.feed("<|end|><|start|>assistant<|channel|>fin") == Parsed("", "", [])
-    assert not parser.in_reasoning
+    states.append(parser.in_reasoning)
+    assert states == [True, False]
     assert parser.feed("al<|message|>Yes").content == "Yes"
 
 

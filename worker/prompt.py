@@ -1,0 +1,103 @@
+"""The input side of a request: from what a client asked to the tokens of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from protocol.chat import Tool, ToolChoice
+from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Generate, Loaded
+from worker.backends.base import Backend
+from worker.chat.conversation import Conversation, knows_tools, spell_out_tools
+from worker.chat.output import (
+    OutputParser,
+    choose_format,
+    choose_reasoning,
+    create_parser,
+    markers,
+)
+
+#: How much of the rendered prompt's end tells a parser where the answer begins.
+_TAIL = 200
+
+
+class Prepared(NamedTuple):
+    """A request's prompt; the parser its answer needs, and the special tokens that has
+    to see; the text to put before the answer."""
+
+    tokens: list[int]
+    parser: OutputParser | None = None
+    markers: tuple[str, ...] = ()
+    echo: str = ""
+
+
+class PromptBuilder:
+    """Makes prompts for one loaded model. ``tool_format`` overrides what its template says."""
+
+    def __init__(self, backend: Backend, model: Loaded, tool_format: str | None = None) -> None:
+        self._backend = backend
+        self._model = model
+        template = backend.chat_template
+        self._knows_tools = template is not None and (not template or knows_tools(template))
+        self._format = choose_format(template or "", tool_format)
+        self._reasoning = choose_reasoning(template or "")
+
+    def prepare(self, request: Generate) -> Prepared:
+        """Raises ``CodedError`` with the parameter at fault."""
+        if request.messages is not None:
+            prepared, param = self._prepare_chat(request), "messages"
+        else:
+            prepared, param = self._prepare_text(request), "prompt"
+        if not prepared.tokens:
+            raise CodedError(ErrorCode.INVALID_VALUE, "the prompt has no tokens", param=param)
+        self._check_tokens(request.sampling.logit_bias, "logit_bias")
+        room = self._model.context_length - len(prepared.tokens)
+        if room < 1:
+            raise CodedError(
+                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                f"this model's context length is {self._model.context_length} tokens, "
+                f"but the prompt has {len(prepared.tokens)} and the answer needs at least one",
+                param=param,
+            )
+        return prepared
+
+    def _prepare_chat(self, request: Generate) -> Prepared:
+        tools: list[Tool] = [] if request.tool_choice is ToolChoice.NONE else request.tools
+        conversation = Conversation(request.messages or [], tools, request.template_options)
+        if not self._knows_tools:
+            conversation = spell_out_tools(conversation)
+        text = self._backend.render_chat(conversation)
+        tokens = self._backend.encode_rendered(text)
+        if request.raw or not (tools or self._reasoning or self._format.whole):
+            return Prepared(tokens)
+        parser = create_parser(
+            self._format,
+            self._reasoning,
+            tools,
+            prompt_tail=text[-_TAIL:],
+            parallel=request.parallel_tool_calls,
+        )
+        return Prepared(tokens, parser, markers(self._format, self._reasoning))
+
+    def _prepare_text(self, request: Generate) -> Prepared:
+        if isinstance(request.prompt, str):
+            tokens = self._backend.encode_text(request.prompt)
+            return Prepared(tokens, echo=request.prompt if request.echo else "")
+        tokens = request.prompt or []
+        self._check_tokens(tokens, "prompt")
+        return Prepared(tokens, echo=self._text_of(tokens) if request.echo else "")
+
+    def _text_of(self, tokens: Iterable[int]) -> str:
+        detokenizer = self._backend.new_detokenizer()
+        return "".join([*map(detokenizer.add, tokens), detokenizer.finish()])
+
+    def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
+        size = self._model.vocab_size
+        for token in tokens:
+            if not 0 <= token < size:
+                raise CodedError(
+                    ErrorCode.INVALID_VALUE,
+                    f"token id {token} is outside the vocabulary of {size} tokens",
+                    param=param,
+                )
