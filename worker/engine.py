@@ -6,11 +6,10 @@ Nothing here blocks or knows the wire; ``worker.session`` calls ``step`` in a lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from protocol.errors import CodedError, ErrorCode
+from protocol.chat import join_extras
+from protocol.errors import CodedError
 from protocol.messages import (
     Accepted,
     Delta,
@@ -21,20 +20,12 @@ from protocol.messages import (
     Rejected,
     Started,
 )
-from worker.backends.base import Backend, Detokenizer, SequenceSpec
+from worker.answer import Answer
+from worker.backends.base import Backend, SequenceSpec
+from worker.prompt import PromptBuilder
 from worker.queue import RequestQueue
 from worker.stops import StopMatcher
 from worker.vitals import Vitals
-
-
-@dataclass(slots=True)
-class _Answer:
-    """The output side of one request."""
-
-    spec: SequenceSpec
-    detokenizer: Detokenizer
-    stops: StopMatcher
-    sampled: int = 0
 
 
 class Progress(NamedTuple):
@@ -50,13 +41,21 @@ class Progress(NamedTuple):
 class Engine:
     """All requests of one loaded model. ``vitals`` is kept up to date for the I/O thread."""
 
-    def __init__(self, backend: Backend, model: Loaded, vitals: Vitals) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        model: Loaded,
+        vitals: Vitals,
+        *,
+        tool_format: str | None = None,
+    ) -> None:
         self._backend = backend
+        self._prompts = PromptBuilder(backend, model, tool_format)
         self._model = model
         self._vitals = vitals
         self._queue = RequestQueue()
-        self._waiting: dict[int, _Answer] = {}
-        self._running: dict[int, _Answer] = {}
+        self._waiting: dict[int, Answer] = {}
+        self._running: dict[int, Answer] = {}
 
     @property
     def idle(self) -> bool:
@@ -69,25 +68,31 @@ class Engine:
         self._vitals.in_hand += 1
         self._vitals.advance()
         try:
-            prompt = self._encode(request)
-            max_tokens = self._budget(len(prompt), request.max_tokens)
+            prepared = self._prompts.prepare(request)
         except CodedError as error:
             self._update_vitals()
             return Rejected(request.request_id, error.code, error.message, error.param)
         spec = SequenceSpec(
             sequence_id=request.request_id,
-            prompt=prompt,
-            max_tokens=max_tokens,
+            prompt=prepared.tokens,
+            max_tokens=self._budget(len(prepared.tokens), request.max_tokens),
             sampling=request.sampling,
             ignore_eos=request.ignore_eos,
             validate_logits=request.validate_logits,
+            top_logprobs=request.top_logprobs,
+            cache_prompt=request.cache_prompt,
         )
-        self._waiting[request.request_id] = _Answer(
-            spec, self._backend.new_detokenizer(), StopMatcher(request.stop)
+        self._waiting[request.request_id] = Answer(
+            spec,
+            self._backend.new_detokenizer(prepared.markers),
+            StopMatcher(request.stop),
+            self._backend.token_bytes,
+            prepared.parser,
+            prepared.echo,
         )
         self._queue.enter(request.request_id, request.client, request.priority)
         self._update_vitals()
-        return Accepted(request.request_id, len(prompt))
+        return Accepted(request.request_id, len(prepared.tokens))
 
     def cancel(self, request_id: int) -> Delta | None:
         """Drop a request; None if it is unknown, as when it has just ended."""
@@ -117,8 +122,10 @@ class Engine:
             answer = self._running[sequence_id]
             if not answer.sampled:
                 started.append(Started(sequence_id, produced.cached_tokens))
-            delta = self._extend(answer, produced.token, produced.is_end)
+            delta = answer.add(produced)
             if delta.finish is not None:
+                if answer.stops.stopped and answer.sampled < answer.spec.max_tokens:
+                    self._backend.cancel(sequence_id)
                 del self._running[sequence_id]
                 self._queue.leave(sequence_id)
             deltas[sequence_id] = delta if before is None else _join(before, delta)
@@ -137,60 +144,6 @@ class Engine:
             self._backend.admit(answer.spec)
             self._vitals.advance()
 
-    def _extend(self, answer: _Answer, token: int, is_end: bool) -> Delta:
-        answer.sampled += 1
-        sequence_id = answer.spec.sequence_id
-        if is_end:
-            text, _ = self._end(answer)
-            return Delta(sequence_id, text, [token], FinishReason.STOP)
-        text = answer.stops.feed(answer.detokenizer.add(token))
-        exhausted = answer.sampled >= answer.spec.max_tokens
-        if answer.stops.stopped:
-            if not exhausted:
-                self._backend.cancel(sequence_id)
-            return Delta(sequence_id, text, [token], FinishReason.STOP)
-        if exhausted:
-            rest, stopped = self._end(answer)
-            reason = FinishReason.STOP if stopped else FinishReason.LENGTH
-            return Delta(sequence_id, text + rest, [token], reason)
-        return Delta(sequence_id, text, [token])
-
-    def _end(self, answer: _Answer) -> tuple[str, bool]:
-        """The text that was held back, and whether a stop string was in it."""
-        text = answer.stops.feed(answer.detokenizer.finish()) + answer.stops.flush()
-        return text, answer.stops.stopped
-
-    def _encode(self, request: Generate) -> list[int]:
-        if request.messages is not None:
-            prompt, param = self._backend.encode_chat(request.messages), "messages"
-        elif isinstance(request.prompt, str):
-            prompt, param = self._backend.encode_text(request.prompt), "prompt"
-        else:
-            prompt, param = request.prompt or [], "prompt"
-            self._check_tokens(prompt, param)
-        if not prompt:
-            raise CodedError(ErrorCode.INVALID_VALUE, "the prompt has no tokens", param=param)
-        self._check_tokens(request.sampling.logit_bias, "logit_bias")
-        room = self._model.context_length - len(prompt)
-        if room < 1:
-            raise CodedError(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"this model's context length is {self._model.context_length} tokens, "
-                f"but the prompt has {len(prompt)} and the answer needs at least one",
-                param=param,
-            )
-        return prompt
-
-    def _check_tokens(self, tokens: Iterable[int], param: str) -> None:
-        size = self._model.vocab_size
-        for token in tokens:
-            if not 0 <= token < size:
-                raise CodedError(
-                    ErrorCode.INVALID_VALUE,
-                    f"token id {token} is outside the vocabulary of {size} tokens",
-                    param=param,
-                )
-
     def _budget(self, prompt_tokens: int, max_tokens: int | None) -> int:
         room = self._model.context_length - prompt_tokens
         return room if max_tokens is None else min(max_tokens, room)
@@ -208,5 +161,9 @@ class Engine:
 
 def _join(first: Delta, second: Delta) -> Delta:
     return Delta(
-        first.request_id, first.text + second.text, first.tokens + second.tokens, second.finish
+        first.request_id,
+        first.text + second.text,
+        first.tokens + second.tokens,
+        second.finish,
+        join_extras([each for each in (first.extras, second.extras) if each is not None]),
     )

@@ -16,21 +16,26 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.stopped = False
+        #: The stop string that was found.
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def feed(self, text: str) -> str:
         """Return what may be emitted now; empty for ever once ``stopped``."""
         if self.stopped or not self._stops:
             return "" if self.stopped else text
         text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        first = self._first(text)
         keep_from = self._first_possible_start(text)
         # A stop string that began earlier and is still incomplete may yet win
-        # over one that is complete; ``found`` decides only before that point.
-        if found and min(found) <= keep_from:
-            self.stopped = True
+        # over one that is complete, which decides only before that point.
+        if first is not None and first[0] <= keep_from:
+            at, self.found = first
             self._held = ""
-            return text[: min(found)]
+            return text[:at]
         self._held = text[keep_from:]
         return text[:keep_from]
 
@@ -39,11 +44,15 @@ class StopMatcher:
         held, self._held = self._held, ""
         if self.stopped:
             return ""
-        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return held[: min(found)]
+        if (first := self._first(held)) is not None:
+            at, self.found = first
+            return held[:at]
         return held
+
+    def _first(self, text: str) -> tuple[int, str] | None:
+        """Where the first whole stop string begins, and which it is."""
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        return min(found, key=lambda each: each[0], default=None)
 
     def _first_possible_start(self, text: str) -> int:
         """Where the earliest unfinished stop string may begin; the length if none can."""

@@ -20,6 +20,7 @@ from protocol.chat import ChatMessage
 from protocol.messages import Load, Sampling
 from worker.backends import create_backend
 from worker.backends.base import Backend, SequenceSpec
+from worker.chat.conversation import Conversation
 
 #: Ids must never come twice: the backend may keep what it made under them.
 _ids = iter(range(1, sys.maxsize))
@@ -40,7 +41,8 @@ class _Sequence:
         body = self.request.body
         self.admitted = True
         self.answer.sent = time.monotonic() - began
-        prompt = backend.encode_chat([ChatMessage(**message) for message in body["messages"]])
+        chat = Conversation([ChatMessage(**message) for message in body["messages"]])
+        prompt = backend.encode_rendered(backend.render_chat(chat))
         self.answer.prompt_tokens = len(prompt)
         backend.admit(
             SequenceSpec(

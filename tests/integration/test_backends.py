@@ -23,6 +23,7 @@ from worker.backends.base import (
     PromptRefused,
     SequenceSpec,
 )
+from worker.chat.conversation import Conversation
 
 SEQUENCES = 4
 GREEDY = Sampling(temperature=0)
@@ -449,7 +450,8 @@ def test_special_tokens_have_no_text_and_markers_have(backend: Backend) -> None:
 
 
 def test_chat_is_rendered_with_special_tokens_and_once(backend: Backend) -> None:
-    tokens = backend.encode_chat([ChatMessage("user", "Hello world")])
+    chat = Conversation([ChatMessage("user", "Hello world")])
+    tokens = backend.encode_rendered(backend.render_chat(chat))
     text = "<|im_start|>user\nHello world<|im_end|>\n<|im_start|>assistant\n"
     assert tokens == backend.encode_text(text)
     assert tokens.count(tiny_vocab().id_of("<|im_start|>")) == 2
@@ -459,7 +461,7 @@ def test_template_errors_are_the_requests_fault(name: str, tmp_path: Path) -> No
     source = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     backend = load(name, write_model(name, tmp_path / "strict", chat_template=source))
     with pytest.raises(PromptRefused, match="user first") as caught:
-        backend.encode_chat([ChatMessage("system", "x")])
+        backend.render_chat(Conversation([ChatMessage("system", "x")]))
     backend.close()
     assert caught.value.param == "messages"
 
@@ -469,7 +471,7 @@ def test_hostile_template_runs_no_code(name: str, tmp_path: Path) -> None:
     source = f"{{{{ lipsum.__globals__['os'].mkdir('{target}') }}}}"
     backend = load(name, write_model(name, tmp_path / "hostile", chat_template=source))
     with pytest.raises(PromptRefused):
-        backend.encode_chat([ChatMessage("user", "x")])
+        backend.render_chat(Conversation([ChatMessage("user", "x")]))
     backend.close()
     assert not target.exists()
 
@@ -477,7 +479,7 @@ def test_hostile_template_runs_no_code(name: str, tmp_path: Path) -> None:
 def test_broken_template_leaves_plain_prompts(name: str, tmp_path: Path) -> None:
     backend = load(name, write_model(name, tmp_path / "broken", chat_template="{% if %}"))
     with pytest.raises(PromptRefused):
-        backend.encode_chat([ChatMessage("user", "x")])
+        backend.render_chat(Conversation([ChatMessage("user", "x")]))
     assert backend.encode_text("x")
     backend.close()
 
@@ -488,7 +490,7 @@ def test_model_without_a_template_takes_plain_prompts_only(name: str, tmp_path: 
     loaded = backend.load(Load(str(path)), ignore_progress)
     assert not loaded.has_chat_template
     with pytest.raises(PromptRefused, match="no chat template") as caught:
-        backend.encode_chat([ChatMessage("user", "x")])
+        backend.render_chat(Conversation([ChatMessage("user", "x")]))
     assert caught.value.param == "messages"
     assert backend.encode_text("x")
     backend.close()

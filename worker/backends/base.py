@@ -7,13 +7,13 @@ stop strings and limits are the engine's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from protocol.chat import ChatMessage
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Load, Loaded, Sampling
+from worker.chat.conversation import Conversation
 
 #: Called during a load with the fraction done (0..1).
 ReportProgress = Callable[[float], None]
@@ -55,7 +55,8 @@ class SequenceSpec:
 
     The token at position k of the answer is drawn from a function of the seed and k
     alone: ``sampled`` is how many positions are over, for a sequence that is taken
-    up again with the tokens it had made at the end of its ``prompt``.
+    up again with the tokens it had made at the end of its ``prompt``. Without
+    ``cache_prompt`` all of the prompt is computed, whatever is in the prompt cache.
     """
 
     sequence_id: int
@@ -67,6 +68,7 @@ class SequenceSpec:
     mask: TokenMask | None = None
     top_logprobs: int | None = None
     sampled: int = 0
+    cache_prompt: bool = True
 
 
 class TokenLogprobs(NamedTuple):
@@ -118,14 +120,24 @@ class Backend(Protocol):
     def load(self, options: Load, report: ReportProgress) -> Loaded:
         """Load the model; called once. Raises ``LoadRefused``, or anything on a fault."""
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Render the chat template up to the answer and tokenise. Raises ``PromptRefused``."""
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template; None: it has none, or a broken one."""
+
+    def render_chat(self, conversation: Conversation) -> str:
+        """Render the chat template up to the answer. Raises ``PromptRefused``."""
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Tokenise what ``render_chat`` returned. Raises ``PromptRefused``."""
 
     def encode_text(self, text: str) -> list[int]:
         """Tokenise raw text, with the beginning-of-sequence token if the model wants one."""
 
-    def new_detokenizer(self) -> Detokenizer:
-        """A detokeniser for one answer."""
+    def new_detokenizer(self, markers: Collection[str] = ()) -> Detokenizer:
+        """A detokeniser for one answer. Of special tokens it shows ``markers`` only."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, special tokens too; empty where nobody can tell."""
 
     def admit(self, spec: SequenceSpec) -> None:
         """Add a sequence. The caller keeps to ``Loaded.max_sequences``."""

@@ -7,7 +7,7 @@ length: see ``worker.backends.llama_scheduler`` for how they get on with it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import llama_cpp
 
-from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
 from protocol.messages import Load, Loaded
 from worker.backends.base import (
@@ -43,6 +42,7 @@ from worker.backends.llama_model import (
 from worker.backends.llama_pool import KvPool
 from worker.backends.llama_scheduler import Scheduler
 from worker.backends.llama_vocab import Vocabulary
+from worker.chat.conversation import Conversation
 from worker.chat.template import BrokenTemplate, ChatTemplate
 
 
@@ -101,16 +101,26 @@ class LlamaBackend:
             weights_bytes=llama_cpp.llama_model_size(model),
         )
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    @property
+    def chat_template(self) -> str | None:
+        return None if self._template is None else self._template.source
+
+    def render_chat(self, conversation: Conversation) -> str:
         if self._template is None:
             raise PromptRefused(self._no_template, param="messages")
-        return self._vocabulary.encode(self._template.render(messages), param="messages")
+        return self._template.render(conversation)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self._vocabulary.encode(text, param="messages")
 
     def encode_text(self, text: str) -> list[int]:
         return self._vocabulary.encode(text, param="prompt")
 
-    def new_detokenizer(self) -> Detokenizer:
-        return ByteDetokenizer(self._vocabulary.piece)
+    def new_detokenizer(self, markers: Collection[str] = ()) -> Detokenizer:
+        return ByteDetokenizer(self._vocabulary.piece_function(frozenset(markers)))
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._vocabulary.piece(token) or self._vocabulary.special_text(token)
 
     def admit(self, spec: SequenceSpec) -> None:
         self._scheduler.admit(spec)
@@ -131,8 +141,7 @@ class LlamaBackend:
         try:
             self._template = ChatTemplate(
                 source.decode(errors="replace"),
-                self._vocabulary.bos_text,
-                self._vocabulary.eos_text,
+                {"bos_token": self._vocabulary.bos_text, "eos_token": self._vocabulary.eos_text},
             )
         except BrokenTemplate as error:
             self._no_template = str(error)

@@ -21,7 +21,7 @@ from worker.backends.llama_batch import DecodeBatch
 from worker.backends.llama_cells import CachedSequence, token_array
 from worker.backends.llama_library import LOG
 from worker.backends.llama_logits import LogProbabilities, apply_mask, check_finite, logits_row
-from worker.backends.llama_pool import KvPool
+from worker.backends.llama_pool import KvPool, Match
 from worker.backends.llama_sampling import Sampler
 from worker.backends.llama_vocab import Vocabulary
 from worker.backends.lookup import guess
@@ -219,7 +219,7 @@ class Scheduler:
         alone = not self._batch.size
         if self._blocked and not alone:
             return False
-        match = self._pool.find(sequence.tokens)
+        match = self._pool.find(sequence.tokens) if sequence.spec.cache_prompt else Match()
         if not alone:
             if match.promised - match.length >= _WORTH_WAITING:
                 return False  # what it shares is in this very batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import llama_cpp
@@ -19,6 +20,8 @@ class Vocabulary:
         vocab = llama_cpp.llama_model_get_vocab(model)
         self._vocab = vocab
         self._pieces: dict[int, bytes] = {}
+        #: By markers, what is shown of special tokens.
+        self._shown: dict[frozenset[str], dict[int, bytes]] = {}
         self._buffer = ctypes.create_string_buffer(256)
         self.size = llama_cpp.llama_vocab_n_tokens(vocab)
         self.end_tokens = frozenset(
@@ -61,6 +64,23 @@ class Vocabulary:
         if piece is None:
             piece = self._pieces[token] = self._read_piece(token)
         return piece
+
+    def special_text(self, token: int) -> bytes:
+        """The text by which a special token is written in templates."""
+        return self._text(token).encode()
+
+    def piece_function(self, markers: frozenset[str]) -> Callable[[int], bytes]:
+        """As ``piece``, but with the text of those special tokens that are in ``markers``."""
+        if not markers:
+            return self.piece
+        shown = self._shown.get(markers)
+        if shown is None:
+            shown = self._shown[markers] = {
+                token: text.encode()
+                for token in range(self.size)
+                if (text := self._text(token)) in markers and not self.piece(token)
+            }
+        return lambda token: shown.get(token) or self.piece(token)
 
     def _read_piece(self, token: int) -> bytes:
         length = self._copy_piece(token)

@@ -7,7 +7,7 @@ per thread.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Collection
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes, load_model
 
-from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
 from protocol.messages import Load, Loaded
 from worker.backends.base import (
@@ -31,6 +30,7 @@ from worker.backends.mlx_batch import SequenceBatch
 from worker.backends.mlx_files import check_model_directory, trained_context_length, vocab_size
 from worker.backends.mlx_prompts import default_bytes
 from worker.backends.mlx_tokenizer import Tokenizer
+from worker.chat.conversation import Conversation
 
 #: Bound of the context length when the request names none, in tokens.
 DEFAULT_CONTEXT_LENGTH = 8192
@@ -78,18 +78,28 @@ class MlxBackend:
             context_length=context_length,
             max_sequences=options.max_sequences,
             vocab_size=rows,
-            has_chat_template=self._tokenizer.has_chat_template,
+            has_chat_template=self._tokenizer.chat_template is not None,
             weights_bytes=weights_bytes,
         )
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        return self._tokenizer.encode_chat(messages)
+    @property
+    def chat_template(self) -> str | None:
+        return self._tokenizer.chat_template
+
+    def render_chat(self, conversation: Conversation) -> str:
+        return self._tokenizer.render_chat(conversation)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self._tokenizer.encode_rendered(text)
 
     def encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode_text(text)
 
-    def new_detokenizer(self) -> Detokenizer:
-        return self._tokenizer.new_detokenizer()
+    def new_detokenizer(self, markers: Collection[str] = ()) -> Detokenizer:
+        return self._tokenizer.new_detokenizer(frozenset(markers))
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._tokenizer.token_bytes(token)
 
     def admit(self, spec: SequenceSpec) -> None:
         self._batch.admit(spec)

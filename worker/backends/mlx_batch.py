@@ -122,7 +122,7 @@ class SequenceBatch:
 
     def _place_waiting(self) -> None:
         for sequence_id, sequence in list(self._waiting.items()):
-            if self._kept is None:
+            if self._kept is None or not sequence.spec.cache_prompt:
                 found, caches = 0, None
             else:
                 best, found = self._kept.find(sequence.prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from mlx_lm.tokenizer_utils import (
 )
 from mlx_lm.utils import load_tokenizer
 
-from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
 from worker.backends.base import Detokenizer, LoadRefused, PromptRefused
 from worker.backends.detokenize import ByteDetokenizer
-from worker.chat.template import message_fields
+from worker.chat.conversation import Conversation
+from worker.chat.template import BrokenTemplate, ChatTemplate, refused_by_template
 
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's stand-in for a space
 
@@ -35,27 +35,37 @@ class Tokenizer:
         self._wrapper: Any = load(path, options, eos_token_ids=eos_token_ids)
         self._size = size
         self._special = _special_tokens(self._wrapper)
+        self._special_texts = {
+            token: str(self._wrapper.convert_ids_to_tokens(token)) for token in self._special
+        }
         _check_vocabulary(self._wrapper, size, self._special)
         self._piece = _piece_function(self._wrapper, self._special)
-        self.has_chat_template = bool(self._wrapper.has_chat_template)
+        self._template: ChatTemplate | None = None
+        self._no_template = "the model has no chat template; send a plain prompt instead"
+        self._load_template()
         self.end_tokens = frozenset(
             token for token in self._wrapper.eos_token_ids if 0 <= token < size
         )
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Render the chat template and tokenise. Raises ``PromptRefused``."""
-        if not self.has_chat_template:
-            raise PromptRefused(
-                "the model has no chat template; send a plain prompt instead", param="messages"
-            )
+    def render_chat(self, conversation: Conversation) -> str:
+        """Render the chat template up to the answer. Raises ``PromptRefused``."""
+        if self._template is not None:
+            return self._template.render(conversation)
+        if self._coded_template is None:
+            raise PromptRefused(self._no_template, param="messages")
         try:
-            tokens = self._wrapper.apply_chat_template(
-                [message_fields(message) for message in messages], add_generation_prompt=True
-            )
+            variables = conversation.variables()
+            return str(self._coded_template(variables.pop("messages"), **variables))
+        except Exception as error:
+            raise refused_by_template(error) from error
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Tokenise a rendered template, which brings its own special tokens."""
+        try:
+            tokens = self._wrapper.encode(text, add_special_tokens=False)
         except Exception as error:
             raise PromptRefused(
-                f"the model's chat template cannot render these messages: {error}",
-                param="messages",
+                f"the text cannot be tokenised: {error}", param="messages"
             ) from error
         return self._checked(tokens, param="messages")
 
@@ -69,10 +79,45 @@ class Tokenizer:
             raise PromptRefused(f"the text cannot be tokenised: {error}", param="prompt") from error
         return self._checked(tokens, param="prompt")
 
-    def new_detokenizer(self) -> Detokenizer:
+    @property
+    def chat_template(self) -> str | None:
+        """The template's source; empty for one that mlx-lm wrote in Python."""
+        if self._template is not None:
+            return self._template.source
+        return None if self._coded_template is None else ""
+
+    def _load_template(self) -> None:
+        # mlx-lm has templates in Python for models that come without one.
+        self._coded_template: Any = self._wrapper._chat_template
+        source = self._wrapper.chat_template
+        if isinstance(source, dict):
+            source = source.get("default")
+        if self._coded_template is not None or not isinstance(source, str):
+            return
+        names = self._wrapper.special_tokens_map
+        tokens = {name: text for name, text in names.items() if isinstance(text, str)}
+        try:
+            self._template = ChatTemplate(source, tokens)
+        except BrokenTemplate as error:
+            self._no_template = str(error)
+
+    def new_detokenizer(self, markers: frozenset[str] = frozenset()) -> Detokenizer:
+        """Shows of special tokens those whose text is in ``markers``."""
+        shown = {token: text for token, text in self._special_texts.items() if text in markers}
+        piece = self._piece
+        if piece is None:
+            return _TextDetokenizer(self._wrapper.detokenizer, self._special, shown)
+        if not shown:
+            return ByteDetokenizer(piece)
+        shown_bytes = {token: text.encode() for token, text in shown.items()}
+        return ByteDetokenizer(lambda token: shown_bytes.get(token) or piece(token))
+
+    def token_bytes(self, token: int) -> bytes:
+        if token in self._special_texts:
+            return self._special_texts[token].encode()
         if self._piece is not None:
-            return ByteDetokenizer(self._piece)
-        return _TextDetokenizer(self._wrapper.detokenizer, self._special)
+            return self._piece(token)
+        return str(self._wrapper.decode([token])).encode()
 
     def _checked(self, tokens: Sequence[int], *, param: str) -> list[int]:
         # An id without an embedding would read past the end of the weights.
@@ -86,13 +131,14 @@ class Tokenizer:
 class _TextDetokenizer:
     """mlx-lm's streaming detokenizer for tokenizers that do not work on bytes."""
 
-    def __init__(self, streaming: Any, special: frozenset[int]) -> None:
+    def __init__(self, streaming: Any, special: frozenset[int], shown: Mapping[int, str]) -> None:
         self._streaming = streaming
         self._special = special
+        self._shown = shown
 
     def add(self, token: int) -> str:
         if token in self._special:
-            return ""
+            return self._shown.get(token, "")
         self._streaming.add_token(token)
         return str(self._streaming.last_segment)
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import codecs
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 
-from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
 from protocol.messages import Load, Loaded
 from worker.backends.base import (
@@ -24,6 +23,7 @@ from worker.backends.base import (
     SequenceSpec,
     StepToken,
 )
+from worker.chat.conversation import Conversation
 from worker.fault_acts import FaultyLink, cause
 from worker.faults import BOOT_FAULTS_ENV, Fault, FaultPlan, FaultPoint, read_faults
 from worker.link import Link
@@ -36,11 +36,13 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the simulated model says and does. Delays in seconds.
 
     An answer is ``tokens`` once, or for ever with ``repeat``; with ``ignore_eos``
-    it always repeats. Each token may be any text, also an empty one.
+    it always repeats. Each token may be any text, also an empty one. ``chat_template``
+    renders nothing; it tells what the answers mean, as that of a real model would.
     """
 
     tokens: list[str] = msgspec.field(default_factory=lambda: ["Hello", ",", " world", "."])
     repeat: bool = False
+    chat_template: str | None = None
     context_length: int = 4096
     load_delay_s: float = 0.0
     prefill_delay_s: float = 0.0
@@ -110,14 +112,24 @@ class SimulatedBackend:
     def _end_token(self) -> int:
         return BYTE_TOKENS + len(self._script.tokens)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        return self.encode_text("".join(f"{m.role}: {m.content}\n" for m in messages))
+    @property
+    def chat_template(self) -> str | None:
+        return self._script.chat_template
+
+    def render_chat(self, conversation: Conversation) -> str:
+        return "".join(f"{m.role}: {m.content}\n" for m in conversation.messages)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def new_detokenizer(self) -> Detokenizer:
+    def new_detokenizer(self, markers: Collection[str] = ()) -> Detokenizer:
         return _ByteDetokenizer(self._pieces)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._pieces[token] if token < len(self._pieces) else b""
 
     def admit(self, spec: SequenceSpec) -> None:
         self._strike(FaultPoint.PROMPT, prompt=self._text(spec))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jinja2
@@ -19,20 +19,12 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from protocol.chat import ChatMessage
 from worker.backends.base import PromptRefused
+from worker.chat.conversation import Conversation
 
 
 class BrokenTemplate(Exception):
     """The source is not a Jinja template."""
-
-
-def message_fields(message: ChatMessage) -> dict[str, str]:
-    """A message as templates expect it: ``name`` is left out when there is none."""
-    fields = {"role": message.role, "content": message.content}
-    if message.name is not None:
-        fields["name"] = message.name
-    return fields
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -78,34 +70,42 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+def refused_by_template(error: Exception) -> PromptRefused:
+    """What a request gets whose messages a template does not render."""
+    return PromptRefused(
+        f"the model's chat template cannot render these messages: {error}", param="messages"
+    )
+
+
 class ChatTemplate:
     """One model's template, compiled.
 
     Rendering runs in a sandbox: a hostile template can waste time and memory,
-    but reaches no Python internals. Raises ``BrokenTemplate`` on construction.
+    but reaches no Python internals. ``tokens`` are the texts of special tokens by the
+    names that templates know: ``bos_token``, ``eos_token``. Raises ``BrokenTemplate`` on
+    construction.
     """
 
-    def __init__(self, source: str, bos_token: str, eos_token: str) -> None:
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
         try:
             self._template = _environment().from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise BrokenTemplate(f"the model's chat template is broken: {error}") from error
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self.source = source
+        self._tokens = dict(tokens)
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    def render(self, conversation: Conversation) -> str:
         """The prompt up to where the assistant's answer begins.
 
         Raises ``PromptRefused`` for whatever goes wrong inside the template,
         which includes its own complaints about roles.
         """
+        variables = {
+            "add_generation_prompt": True,
+            **conversation.variables(),
+            **self._tokens,
+        }
         try:
-            return self._template.render(
-                messages=[message_fields(message) for message in messages],
-                add_generation_prompt=True,
-                **self._tokens,
-            )
+            return self._template.render(variables)
         except Exception as error:
-            raise PromptRefused(
-                f"the model's chat template cannot render these messages: {error}",
-                param="messages",
-            ) from error
+            raise refused_by_template(error) from error

@@ -8,13 +8,15 @@ import pytest
 from protocol.chat import ChatMessage
 from protocol.errors import ErrorCode
 from worker.backends.base import PromptRefused
+from worker.chat.conversation import Conversation
 from worker.chat.template import BrokenTemplate, ChatTemplate
 
 HELLO = [ChatMessage("user", "hello")]
 
 
 def render(source: str, messages: list[ChatMessage] = HELLO) -> str:
-    return ChatTemplate(source, "<s>", "</s>").render(messages)
+    template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+    return template.render(Conversation(messages))
 
 
 def test_messages_tokens_and_the_generation_prompt_are_there() -> None:
@@ -88,7 +90,7 @@ def test_errors_while_rendering_are_the_requests_fault(source: str) -> None:
 @pytest.mark.parametrize("source", ["{% if %}", "{{ ", "{% nosuchtag %}", "{{ x | nosuchfilter }}"])
 def test_broken_source_is_found_at_once(source: str) -> None:
     with pytest.raises(BrokenTemplate, match="broken"):
-        ChatTemplate(source, "", "")
+        ChatTemplate(source, {})
 
 
 ATTACKS = [

@@ -290,7 +290,6 @@ def test_taking_up_a_prompt_is_prefill_while_others_decode(tmp_path: Path) -> No
 
 
 def test_a_prompt_that_is_being_encoded_is_work_in_hand(tmp_path: Path) -> None:
-    rig = Rig(tmp_path)
     seen: list[tuple[Phase, int]] = []
 
     class Watched(SimulatedBackend):
@@ -298,7 +297,7 @@ def test_a_prompt_that_is_being_encoded_is_work_in_hand(tmp_path: Path) -> None:
             seen.append((rig.vitals.phase, rig.vitals.in_hand))
             return super().encode_text(text)
 
-    rig.engine._backend = Watched()
+    rig = Rig(tmp_path, Watched())
     rig.engine.submit(Generate(1, prompt=""))
     assert seen == [(Phase.PREFILL, 1)]
     assert (rig.vitals.phase, rig.vitals.in_hand) == (Phase.IDLE, 0)
