@@ -228,10 +228,9 @@ def test_every_refusal_has_the_envelope(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("response_format", {"type": "json_object"}),
-        ("n", 2),
-        ("logprobs", True),
+        ("functions", [{"name": "f"}]),
+        ("audio", {"voice": "x"}),
+        ("prediction", {"type": "content"}),
     ],
 )
 def test_what_is_not_honoured_is_refused_by_name(

@@ -195,10 +195,12 @@ class EventStream(Response):
 
         def pass_on(text: str, extras: Extras | None) -> bool:
             assert body is not None
-            if body.write(events.piece(index, text, extras)):
-                keep_alive.last_sent = clock()
-                return True
-            return False
+            # Some extras are nothing to tell; an empty piece would end the body.
+            data = events.piece(index, text, extras)
+            if data and not body.write(data):
+                return False
+            keep_alive.last_sent = clock()
+            return True
 
         while True:
             text, finish, extras = await stream.next()

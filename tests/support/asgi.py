@@ -79,6 +79,7 @@ class Exchange:
         if self.behind:
             return False
         assert not self.ended, "a piece after the end of the answer"
+        assert data, "an empty piece would end the answer"
         self.messages.append({"type": "http.response.body", "body": data, "more_body": True})
         self._news.set()
         return True

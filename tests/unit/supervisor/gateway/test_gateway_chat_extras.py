@@ -141,7 +141,8 @@ async def test_pieces_go_out_one_by_one(app: ASGIApp, fleet: FakeFleet) -> None:
     await call.wait_for_messages(3)
     push(submitted, tool_calls=[ToolCallPiece(0, "call_a", "weather")])
     push(submitted, tool_calls=[ToolCallPiece(0, arguments="{}")])
-    assert len(call.messages) == 5, "written at once"
+    push(submitted, reasoning_tokens=1)
+    assert len(call.messages) == 5, "written at once, and only what there is"
     submitted.stream.push(Delta(0, "", [1], FinishReason.TOOL_CALLS))
     await call.finish()
 
