@@ -646,12 +646,15 @@ def test_in_reasoning_follows_the_text() -> None:
 
 def test_harmony_reasons_in_channels() -> None:
     parser = parser_for("harmony", tools=[])
-    assert parser.feed("<|channel|>analysis<|message|>Hm").reasoning == "Hm"
-    states = [parser.in_reasoning]
-    assert parser.feed("<|end|><|start|>assistant<|channel|>fin") == Parsed("", "", [])
-    states.append(parser.in_reasoning)
-    assert states == [True, False]
-    assert parser.feed("al<|message|>Yes").content == "Yes"
+    states = []
+    for piece, parsed in {
+        "<|channel|>analysis<|message|>Hm": Parsed("", "Hm", []),
+        "<|end|><|start|>assistant<|channel|>fin": Parsed("", "", []),
+        "al<|message|>Yes": Parsed("Yes", "", []),
+    }.items():
+        assert parser.feed(piece) == parsed
+        states.append(parser.in_reasoning)
+    assert states == [True, False, False]
 
 
 def test_harmony_where_the_prompt_wrote_the_header() -> None:
