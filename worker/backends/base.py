@@ -7,7 +7,7 @@ stop strings and limits are the engine's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -45,12 +45,35 @@ class TokenMask(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenTable:
+    """What the tokens of a model stand for.
+
+    ``pieces``: the bytes that each adds to an answer, by id; none for one that adds
+    nothing. ``special``: tokens that are no text but marks of their own, with their
+    names: the control tokens, and what ``is_mark`` says of others that were added.
+    ``encode`` makes tokens of a text, without one that begins a sequence; any thread may
+    call it, also while others use the backend.
+    """
+
+    pieces: Sequence[bytes]
+    special: Mapping[int, str]
+    end_tokens: frozenset[int]
+    encode: Callable[[str], list[int]]
+
+
+def is_mark(text: str) -> bool:
+    """Whether a token that was added to a vocabulary looks like a mark, as ``<think>`` does."""
+    return len(text) > 2 and text.startswith("<") and text.endswith(">")
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceSpec:
     """One sequence to generate.
 
     ``prompt`` is never empty and, with ``max_tokens``, fits the context. With
     ``ignore_eos`` end-of-generation tokens are never sampled. ``mask`` limits what
-    is sampled. ``top_logprobs`` asks for log probabilities, of the token sampled and
+    is sampled; where it allows nothing, or only the end, the answer ends, also with
+    ``ignore_eos``. ``top_logprobs`` asks for log probabilities, of the token sampled and
     of so many of the likeliest (0: of the token alone, None: of none).
 
     The token at position k of the answer is drawn from a function of the seed and k
@@ -138,6 +161,12 @@ class Backend(Protocol):
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, special tokens too; empty where nobody can tell."""
+
+    def vocabulary(self) -> TokenTable | None:
+        """All tokens; None if what they stand for is not known.
+
+        Takes up to a second. The one method for another thread, once the model is loaded.
+        """
 
     def admit(self, spec: SequenceSpec) -> None:
         """Add a sequence. The caller keeps to ``Loaded.max_sequences``."""

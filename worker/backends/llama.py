@@ -29,6 +29,7 @@ from worker.backends.base import (
     ReportProgress,
     SequenceSpec,
     StepToken,
+    TokenTable,
 )
 from worker.backends.detokenize import ByteDetokenizer
 from worker.backends.llama_library import LOG, not_a_generator, refusal
@@ -121,6 +122,9 @@ class LlamaBackend:
 
     def token_bytes(self, token: int) -> bytes:
         return self._vocabulary.piece(token) or self._vocabulary.special_text(token)
+
+    def vocabulary(self) -> TokenTable | None:
+        return self._vocabulary.table()
 
     def admit(self, spec: SequenceSpec) -> None:
         self._scheduler.admit(spec)

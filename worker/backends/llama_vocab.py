@@ -8,7 +8,7 @@ from typing import Any
 
 import llama_cpp
 
-from worker.backends.base import PromptRefused
+from worker.backends.base import PromptRefused, TokenTable, is_mark
 
 _NO_TOKEN = -1  # LLAMA_TOKEN_NULL
 
@@ -22,7 +22,6 @@ class Vocabulary:
         self._pieces: dict[int, bytes] = {}
         #: By markers, what is shown of special tokens.
         self._shown: dict[frozenset[str], dict[int, bytes]] = {}
-        self._buffer = ctypes.create_string_buffer(256)
         self.size = llama_cpp.llama_vocab_n_tokens(vocab)
         self.end_tokens = frozenset(
             token for token in range(self.size) if llama_cpp.llama_vocab_is_eog(vocab, token)
@@ -45,15 +44,10 @@ class Vocabulary:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise PromptRefused(f"the text is not valid Unicode: {error}", param=param) from error
-        capacity = len(data) + 8
-        tokens = (llama_cpp.llama_token * capacity)()
         # Not with the library's own special tokens: it would append EOS as well.
-        count = llama_cpp.llama_tokenize(
-            self._vocab, data, len(data), tokens, capacity, False, True
-        )
-        if count < 0:
+        encoded = self._tokenize(data, parse_special=True)
+        if encoded is None:
             raise PromptRefused("the text cannot be tokenised", param=param)
-        encoded = tokens[:count]
         if self._add_bos and (not encoded or encoded[0] != self._bos):
             encoded.insert(0, self._bos)
         return encoded
@@ -82,18 +76,41 @@ class Vocabulary:
             }
         return lambda token: shown.get(token) or self.piece(token)
 
-    def _read_piece(self, token: int) -> bytes:
-        length = self._copy_piece(token)
-        if length < 0:
-            self._buffer = ctypes.create_string_buffer(-length)
-            length = self._copy_piece(token)
-        return self._buffer.raw[:length]
-
-    def _copy_piece(self, token: int) -> int:
-        buffer = self._buffer
-        return int(
-            llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+    def table(self) -> TokenTable:
+        """See ``Backend.vocabulary``."""
+        return TokenTable(
+            pieces=[self._read_piece(token) for token in range(self.size)],
+            special={token: text for token in range(self.size) if (text := self._mark(token))},
+            end_tokens=self.end_tokens,
+            encode=lambda text: self._tokenize(text.encode(), parse_special=False) or [],
         )
+
+    def _tokenize(self, data: bytes, *, parse_special: bool) -> list[int] | None:
+        capacity = len(data) + 8
+        tokens = (llama_cpp.llama_token * capacity)()
+        count = llama_cpp.llama_tokenize(
+            self._vocab, data, len(data), tokens, capacity, False, parse_special
+        )
+        return None if count < 0 else tokens[:count]
+
+    def _mark(self, token: int) -> str:
+        """The name of a special token, nothing for others."""
+        attributes = llama_cpp.llama_vocab_get_attr(self._vocab, token)
+        if attributes & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL:
+            return self._text(token)
+        if attributes & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED:
+            text = self._text(token)
+            return text if is_mark(text) else ""
+        return ""
+
+    def _read_piece(self, token: int) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if length >= 0:
+                return buffer.raw[:length]
+            size = -length
 
     def _text(self, token: int) -> str:
         if token == _NO_TOKEN:

@@ -25,6 +25,7 @@ from worker.backends.base import (
     ReportProgress,
     SequenceSpec,
     StepToken,
+    TokenTable,
 )
 from worker.backends.mlx_batch import SequenceBatch
 from worker.backends.mlx_files import check_model_directory, trained_context_length, vocab_size
@@ -100,6 +101,10 @@ class MlxBackend:
 
     def token_bytes(self, token: int) -> bytes:
         return self._tokenizer.token_bytes(token)
+
+    def vocabulary(self) -> TokenTable | None:
+        table: TokenTable | None = self._tokenizer.table()
+        return table
 
     def admit(self, spec: SequenceSpec) -> None:
         self._batch.admit(spec)

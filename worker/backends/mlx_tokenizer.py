@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,13 @@ from mlx_lm.tokenizer_utils import (
 from mlx_lm.utils import load_tokenizer
 
 from protocol.errors import ErrorCode
-from worker.backends.base import Detokenizer, LoadRefused, PromptRefused
+from worker.backends.base import (
+    Detokenizer,
+    LoadRefused,
+    PromptRefused,
+    TokenTable,
+    is_mark,
+)
 from worker.backends.detokenize import ByteDetokenizer
 from worker.chat.conversation import Conversation
 from worker.chat.template import BrokenTemplate, ChatTemplate, refused_by_template
@@ -34,6 +41,8 @@ class Tokenizer:
         load: Any = load_tokenizer  # untyped
         self._wrapper: Any = load(path, options, eos_token_ids=eos_token_ids)
         self._size = size
+        # While one thread encodes, another must not: the library may change its settings.
+        self._encoding = threading.Lock()
         self._special = _special_tokens(self._wrapper)
         self._special_texts = {
             token: str(self._wrapper.convert_ids_to_tokens(token)) for token in self._special
@@ -62,7 +71,8 @@ class Tokenizer:
     def encode_rendered(self, text: str) -> list[int]:
         """Tokenise a rendered template, which brings its own special tokens."""
         try:
-            tokens = self._wrapper.encode(text, add_special_tokens=False)
+            with self._encoding:
+                tokens = self._wrapper.encode(text, add_special_tokens=False)
         except Exception as error:
             raise PromptRefused(
                 f"the text cannot be tokenised: {error}", param="messages"
@@ -74,7 +84,8 @@ class Tokenizer:
         bos = self._wrapper.bos_token
         add_special = bos is None or not text.startswith(bos)
         try:
-            tokens = self._wrapper.encode(text, add_special_tokens=add_special)
+            with self._encoding:
+                tokens = self._wrapper.encode(text, add_special_tokens=add_special)
         except Exception as error:
             raise PromptRefused(f"the text cannot be tokenised: {error}", param="prompt") from error
         return self._checked(tokens, param="prompt")
@@ -118,6 +129,27 @@ class Tokenizer:
         if self._piece is not None:
             return self._piece(token)
         return str(self._wrapper.decode([token])).encode()
+
+    def table(self) -> TokenTable | None:
+        """See ``Backend.vocabulary``."""
+        if self._piece is None:
+            return None
+        added = self._wrapper.added_tokens_decoder
+        marks = self._special | {token for token, entry in added.items() if is_mark(entry.content)}
+        return TokenTable(
+            pieces=[self._piece(token) for token in range(self._size)],
+            special={
+                token: str(self._wrapper.convert_ids_to_tokens(token))
+                for token in marks
+                if token < self._size
+            },
+            end_tokens=self.end_tokens,
+            encode=self._encode_part,
+        )
+
+    def _encode_part(self, text: str) -> list[int]:
+        with self._encoding:
+            return list(self._wrapper.encode(text, add_special_tokens=False))
 
     def _checked(self, tokens: Sequence[int], *, param: str) -> list[int]:
         # An id without an embedding would read past the end of the weights.

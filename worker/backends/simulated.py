@@ -22,6 +22,7 @@ from worker.backends.base import (
     ReportProgress,
     SequenceSpec,
     StepToken,
+    TokenTable,
 )
 from worker.chat.conversation import Conversation
 from worker.fault_acts import FaultyLink, cause
@@ -36,8 +37,9 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the simulated model says and does. Delays in seconds.
 
     An answer is ``tokens`` once, or for ever with ``repeat``; with ``ignore_eos``
-    it always repeats. Each token may be any text, also an empty one. ``chat_template``
-    renders nothing; it tells what the answers mean, as that of a real model would.
+    it always repeats. Each token may be any text, also an empty one. No mask keeps it
+    from its script. ``chat_template`` renders nothing; it tells what the answers mean, as
+    that of a real model would.
     """
 
     tokens: list[str] = msgspec.field(default_factory=lambda: ["Hello", ",", " world", "."])
@@ -130,6 +132,14 @@ class SimulatedBackend:
 
     def token_bytes(self, token: int) -> bytes:
         return self._pieces[token] if token < len(self._pieces) else b""
+
+    def vocabulary(self) -> TokenTable | None:
+        return TokenTable(
+            pieces=self._pieces,
+            special={self._end_token: "<end>"},
+            end_tokens=frozenset([self._end_token]),
+            encode=self.encode_text,
+        )
 
     def admit(self, spec: SequenceSpec) -> None:
         self._strike(FaultPoint.PROMPT, prompt=self._text(spec))
