@@ -21,6 +21,7 @@ ONLY_IN = {
     "transformers": {"worker/backends/"},
     "numpy": {"worker/backends/"},
     "jinja2": {"worker/chat/"},
+    "llguidance": {"worker/constraints.py"},
 }
 #: They hold the context that sockets are made from, but make none.
 ONLY_IN["zmq"] |= {
