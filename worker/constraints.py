@@ -25,17 +25,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from protocol.chat import Constraint, ConstraintKind
 from protocol.errors import CodedError, ErrorCode
 from worker.backends.base import TokenTable
+from worker.chat.tool_grammar import JSON_OPTIONS
 
-#: How JSON is written. For ``%json {…}`` in a Lark text: the schema's ``x-guidance``.
-JSON_OPTIONS: dict[str, Any] = {
-    "item_separator": ",",
-    "key_separator": ":",
-    "whitespace_pattern": r" |\n[ \t]{0,20}",
-    "json_allowed_escapes": 'nrbtf\\"',
-    "json_allow_general_unicode_escapes": False,
-    "coerce_one_of": False,
-    "lenient": False,
-}
 #: Of a constraint, in bytes. What recurses in the library goes no deeper than a text of
 #: this size can tell it to, for which ``compiler.STACK_BYTES`` is enough.
 MAX_TEXT_BYTES = 256 * 1024
@@ -75,6 +66,8 @@ class Grammars:
         self._tokenizer = LLTokenizer(wrapper, eos_token=sorted(table.end_tokens))
         tokens.tokenizer = self._tokenizer
         wrapper.tokens = tokens.tokens = []  # it has its own by now
+        #: Ids of special tokens by their texts.
+        self.special = {text: token for token, text in table.special.items()}
         self._end_tokens = table.end_tokens
         self._end_mask = _bits(table.end_tokens, vocab_size)
         self._kept: OrderedDict[Constraint, LLMatcher] = OrderedDict()

@@ -1,11 +1,13 @@
 """Runs requests on a backend: tokens in a slot become text, within limits.
 
-Requests wait for one of the backend's slots in the order of ``worker.queue``.
-Nothing here blocks or knows the wire; ``worker.session`` calls ``step`` in a loop.
+Requests wait for one of the backend's slots in the order of ``worker.queue``, those
+with a constraint after it was compiled. Nothing here blocks for long or knows the wire;
+``worker.session`` calls ``step`` in a loop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from protocol.chat import join_extras
@@ -21,21 +23,28 @@ from protocol.messages import (
     Started,
 )
 from worker.answer import Answer
-from worker.backends.base import Backend, SequenceSpec
-from worker.prompt import PromptBuilder
+from worker.backends.base import Backend, SequenceSpec, TokenMask
+from worker.compiler import ConstraintCompiler
+from worker.prompt import Prepared, PromptBuilder
 from worker.queue import RequestQueue
 from worker.stops import StopMatcher
 from worker.vitals import Vitals
+
+#: Seconds that a step waits for a constraint when there is nothing else to do: so long
+#: may a message have to wait.
+COMPILE_WAIT_S = 0.02
 
 
 class Progress(NamedTuple):
     """What one step brought: requests that began with it, and what was added to which.
 
-    There is at most one delta per request.
+    There is at most one delta per request. ``settled``: what became of requests for
+    which ``submit`` had no answer; it comes before the rest.
     """
 
     started: list[Started]
     deltas: list[Delta]
+    settled: Sequence[Accepted | Rejected] = ()
 
 
 class Engine:
@@ -56,13 +65,22 @@ class Engine:
         self._queue = RequestQueue()
         self._waiting: dict[int, Answer] = {}
         self._running: dict[int, Answer] = {}
+        self._compiler = ConstraintCompiler(backend.vocabulary, model.vocab_size)
+        self._compiling: dict[int, tuple[Generate, Prepared]] = {}
 
     @property
     def idle(self) -> bool:
-        return not self._running and not self._waiting
+        return not self._running and not self._waiting and not self._compiling
 
-    def submit(self, request: Generate) -> Accepted | Rejected:
-        """Check and enqueue a request; a refusal leaves no trace."""
+    def prepare(self) -> None:
+        """Do what may be done once and takes a moment, now that there is one."""
+        self._compiler.prepare()
+
+    def submit(self, request: Generate) -> Accepted | Rejected | None:
+        """Check and enqueue a request; a refusal leaves no trace.
+
+        None: the constraint is being compiled, and a later ``step`` has the answer.
+        """
         # Templates and tokenisers can hang as well: this is work in hand.
         self._vitals.phase = Phase.PREFILL
         self._vitals.in_hand += 1
@@ -71,7 +89,19 @@ class Engine:
             prepared = self._prompts.prepare(request)
         except CodedError as error:
             self._update_vitals()
-            return Rejected(request.request_id, error.code, error.message, error.param)
+            return _rejected(request, error)
+        if prepared.constraint is None:
+            return self._enqueue(request, prepared)
+        self._compiling[request.request_id] = (request, prepared)
+        self._compiler.start(
+            request.request_id, prepared.constraint, param=prepared.constraint_param
+        )
+        self._update_vitals()
+        return None
+
+    def _enqueue(
+        self, request: Generate, prepared: Prepared, mask: TokenMask | None = None
+    ) -> Accepted:
         spec = SequenceSpec(
             sequence_id=request.request_id,
             prompt=prepared.tokens,
@@ -81,6 +111,7 @@ class Engine:
             validate_logits=request.validate_logits,
             top_logprobs=request.top_logprobs,
             cache_prompt=request.cache_prompt,
+            mask=mask,
         )
         self._waiting[request.request_id] = Answer(
             spec,
@@ -98,6 +129,8 @@ class Engine:
         """Drop a request; None if it is unknown, as when it has just ended."""
         if self._running.pop(request_id, None) is not None:
             self._backend.cancel(request_id)
+        elif self._compiling.pop(request_id, None) is not None:
+            self._compiler.cancel(request_id)
         elif self._waiting.pop(request_id, None) is None:
             return None
         self._queue.leave(request_id)
@@ -109,8 +142,11 @@ class Engine:
 
         Raises whatever the backend raises; the engine is unusable afterwards.
         """
+        settled = self._settle() if self._compiling else []
         self._fill_slots()
         self._update_vitals()
+        if not self._running:
+            return Progress([], [], settled)
         started: list[Started] = []
         deltas: dict[int, Delta] = {}
         for produced in self._backend.step():
@@ -131,7 +167,25 @@ class Engine:
             deltas[sequence_id] = delta if before is None else _join(before, delta)
         self._vitals.advance()
         self._update_vitals()
-        return Progress(started, list(deltas.values()))
+        return Progress(started, list(deltas.values()), settled)
+
+    def close(self) -> None:
+        """Leave the backend alone from now on, on other threads too."""
+        self._compiler.close()
+
+    def _settle(self) -> list[Accepted | Rejected]:
+        """What became of the constraints by now, or within a moment if nothing else is to do."""
+        busy = self._running or self._waiting
+        settled: list[Accepted | Rejected] = []
+        for request_id, mask in self._compiler.finished(0.0 if busy else COMPILE_WAIT_S):
+            request, prepared = self._compiling.pop(request_id)
+            if isinstance(mask, CodedError):
+                settled.append(_rejected(request, mask))
+            else:
+                gated = prepared.gate(mask) if prepared.gate is not None else mask
+                settled.append(self._enqueue(request, prepared, gated))
+            self._vitals.advance()
+        return settled
 
     def _fill_slots(self) -> None:
         while len(self._running) < self._model.max_sequences:
@@ -150,13 +204,17 @@ class Engine:
 
     def _update_vitals(self) -> None:
         vitals = self._vitals
-        vitals.in_hand = len(self._running) + len(self._waiting)
+        vitals.in_hand = len(self._running) + len(self._waiting) + len(self._compiling)
         if not vitals.in_hand:
             vitals.phase = Phase.IDLE
         elif self._running and all(answer.sampled for answer in self._running.values()):
             vitals.phase = Phase.DECODE
         else:
             vitals.phase = Phase.PREFILL
+
+
+def _rejected(request: Generate, error: CodedError) -> Rejected:
+    return Rejected(request.request_id, error.code, error.message, error.param)
 
 
 def _join(first: Delta, second: Delta) -> Delta:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from protocol.chat import Tool, ToolChoice
+from protocol.chat import Constraint, Tool, ToolChoice
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate, Loaded
-from worker.backends.base import Backend
+from worker.backends.base import Backend, TokenMask
 from worker.chat.conversation import Conversation, knows_tools, spell_out_tools
 from worker.chat.output import (
     OutputParser,
@@ -17,6 +17,9 @@ from worker.chat.output import (
     create_parser,
     markers,
 )
+from worker.compiler import Source
+from worker.constrained import closer_of, constraint_of
+from worker.gate import GatedMask
 
 #: How much of the rendered prompt's end tells a parser where the answer begins.
 _TAIL = 200
@@ -24,12 +27,16 @@ _TAIL = 200
 
 class Prepared(NamedTuple):
     """A request's prompt; the parser its answer needs, and the special tokens that has
-    to see; the text to put before the answer."""
+    to see; the text to put before the answer; what the answer has to match, the field
+    that this comes from, and what makes a mask for it wait for the end of the reasoning."""
 
     tokens: list[int]
     parser: OutputParser | None = None
     markers: tuple[str, ...] = ()
     echo: str = ""
+    constraint: Source | None = None
+    constraint_param: str = "response_format"
+    gate: Callable[[TokenMask], TokenMask] | None = None
 
 
 class PromptBuilder:
@@ -69,24 +76,38 @@ class PromptBuilder:
             conversation = spell_out_tools(conversation)
         text = self._backend.render_chat(conversation)
         tokens = self._backend.encode_rendered(text)
+        tail = text[-_TAIL:]
+        constraint, param = constraint_of(request, tools, self._format)
+        gate = self._gate(tail, constraint) if constraint is not None else None
         if request.raw or not (tools or self._reasoning or self._format.whole):
-            return Prepared(tokens)
+            return Prepared(tokens, constraint=constraint)
         parser = create_parser(
             self._format,
             self._reasoning,
             tools,
-            prompt_tail=text[-_TAIL:],
+            prompt_tail=tail,
             parallel=request.parallel_tool_calls,
         )
-        return Prepared(tokens, parser, markers(self._format, self._reasoning))
+        shown = markers(self._format, self._reasoning)
+        return Prepared(tokens, parser, shown, "", constraint, param, gate)
+
+    def _gate(self, tail: str, constraint: Source) -> Callable[[TokenMask], TokenMask] | None:
+        calls = not isinstance(constraint, Constraint)
+        closer = closer_of(self._format, self._reasoning, tail, calls=calls).encode()
+        if not closer:
+            return None
+        token_bytes, size = self._backend.token_bytes, self._model.vocab_size
+        return lambda mask: GatedMask(mask, closer, token_bytes, size)
 
     def _prepare_text(self, request: Generate) -> Prepared:
         if isinstance(request.prompt, str):
             tokens = self._backend.encode_text(request.prompt)
-            return Prepared(tokens, echo=request.prompt if request.echo else "")
+            echo = request.prompt if request.echo else ""
+            return Prepared(tokens, echo=echo, constraint=request.constraint)
         tokens = request.prompt or []
         self._check_tokens(tokens, "prompt")
-        return Prepared(tokens, echo=self._text_of(tokens) if request.echo else "")
+        echo = self._text_of(tokens) if request.echo else ""
+        return Prepared(tokens, echo=echo, constraint=request.constraint)
 
     def _text_of(self, tokens: Iterable[int]) -> str:
         detokenizer = self._backend.new_detokenizer()

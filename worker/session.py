@@ -110,13 +110,15 @@ def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Loaded
 
 
 def _serve(backend: Backend, model: Loaded, link: Link, vitals: Vitals) -> int:
-    service = Service(Engine(backend, model, vitals), link)
+    engine = Engine(backend, model, vitals)
     try:
-        service.run()
+        Service(engine, link).run()
     except Exception as error:
         traceback.print_exc()
         link.send(BackendFault(f"{type(error).__name__}: {error}"))
         return EXIT_FAULT
+    finally:
+        engine.close()
     return 0
 
 
@@ -137,12 +139,17 @@ class Service:
         self._clock = clock
         self._arrived: dict[int, Generate] = {}
         self._order = RequestQueue()
+        self._stepped = False
 
     def run(self) -> None:
         """Serve until told to stop. Raises whatever the backend or the link raises."""
         while True:
-            if self._engine.idle and not self._arrived and not self._receive(self._link.wait()):
-                return
+            if self._engine.idle and not self._arrived:
+                if self._stepped:
+                    # Not before the first answer, which is the one that is timed.
+                    self._engine.prepare()
+                if not self._receive(self._link.wait()):
+                    return
             for message in self._link.pending():
                 if not self._receive(message):
                     return
@@ -169,7 +176,9 @@ class Service:
         while (request_id := self._order.take()) is not None:
             # It is no more than a turn: what runs counts in the engine's own queue.
             self._order.leave(request_id)
-            self._link.send(self._engine.submit(self._arrived.pop(request_id)))
+            answer = self._engine.submit(self._arrived.pop(request_id))
+            if answer is not None:
+                self._link.send(answer)
             if self._clock() >= until:
                 return
 
@@ -183,8 +192,9 @@ class Service:
             self._link.send(Step([delta]))
 
     def _step(self) -> None:
-        started, deltas = self._engine.step()
-        for message in started:
+        self._stepped = True
+        started, deltas, settled = self._engine.step()
+        for message in (*settled, *started):
             self._link.send(message)
         if deltas:
             self._link.send(Step(deltas))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import jsonschema
 import openai
+import pydantic
 import pytest
 
 from tests.support.server import Server, serve, write_script
@@ -264,3 +267,135 @@ def test_a_template_without_tools_gets_them_spelt_out(client: openai.OpenAI) -> 
     )
     assert answer.usage is not None
     assert answer.usage.prompt_tokens > 100
+
+
+# --- structured output and forced calls -------------------------------------------
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+WILD: dict[str, Any] = {"temperature": 1.5, "seed": 3, "max_tokens": 300}
+
+
+def schema_format(schema: dict[str, Any]) -> Any:
+    json_schema = {"name": "person", "schema": schema, "strict": True}
+    return {"type": "json_schema", "json_schema": json_schema}
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_answers_match_their_schema(client: openai.OpenAI, model: str) -> None:
+    answer = client.chat.completions.create(
+        model=model, messages=HELLO, response_format=schema_format(PERSON), n=3, **WILD
+    )
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content or ""), PERSON)
+
+
+@pytest.mark.parametrize("model", ["demo", *REAL])
+def test_the_clients_own_parser_gets_its_type(client: openai.OpenAI, model: str) -> None:
+    class Person(pydantic.BaseModel):
+        first: Literal["Ann", "Bob"]
+        old: bool
+
+    answer = client.chat.completions.parse(
+        model=model, messages=HELLO, response_format=Person, **WILD
+    )
+    assert isinstance(answer.choices[0].message.parsed, Person)
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_any_json_object_will_do(client: openai.OpenAI, model: str) -> None:
+    stream = client.chat.completions.create(
+        model=model,
+        messages=HELLO,
+        response_format={"type": "json_object"},
+        stream=True,
+        temperature=1.5,
+        seed=5,
+        max_tokens=60,
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    text = "".join(choice.delta.content or "" for choice in chunks)
+    assert text.startswith("{")
+    if chunks[-1].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+
+
+def test_patterns_and_grammars_are_ours(client: openai.OpenAI) -> None:
+    formats: list[tuple[Any, str]] = [
+        ({"type": "regex", "pattern": "[a-c]{3}"}, "[a-c]{3}"),
+        ({"type": "grammar", "grammar": 'start: "yes" | "no"'}, "yes|no"),
+    ]
+    for response_format, pattern in formats:
+        answer = client.chat.completions.create(
+            model="tiny-gguf", messages=HELLO, response_format=response_format, **WILD
+        )
+        assert re.fullmatch(pattern, answer.choices[0].message.content or "")
+
+
+def test_what_cannot_be_enforced_is_refused_by_name(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "propertyNames": {"pattern": "x"}, "dependentSchemas": {"a": {}}}
+    with pytest.raises(openai.BadRequestError, match="dependentSchemas") as refused:
+        client.chat.completions.create(
+            model="tiny-gguf", messages=HELLO, response_format=schema_format(schema)
+        )
+    assert refused.value.param == "response_format"
+
+
+@pytest.mark.parametrize("model", ["demo", *REAL])
+@pytest.mark.parametrize("choice", ["required", "named"])
+def test_calls_can_be_forced(client: openai.OpenAI, model: str, choice: str) -> None:
+    other: Any = {"type": "function", "function": {"name": "other", "parameters": PERSON}}
+    wanted: Any = choice
+    if choice == "named":
+        wanted = {"type": "function", "function": {"name": "other"}}
+    answer = client.chat.completions.create(
+        model=model,
+        messages=HELLO,
+        tools=[WEATHER, other],
+        tool_choice=wanted,
+        parallel_tool_calls=False,
+        temperature=1.2,
+        seed=4,
+        max_tokens=400,
+    )
+    [picked] = answer.choices
+    if picked.finish_reason == "length":
+        pytest.skip("the model did not come to an end")
+    assert picked.finish_reason == "tool_calls"
+    assert not picked.message.content
+    [call] = picked.message.tool_calls or []
+    assert call.type == "function"
+    schemas = {"get_weather": WEATHER["function"]["parameters"], "other": PERSON}
+    jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
+    if choice == "named":
+        assert call.function.name == "other"
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_an_output_format_beside_tools_is_that_of_an_answer(
+    client: openai.OpenAI, model: str
+) -> None:
+    for seed in range(4):
+        answer = client.chat.completions.create(
+            model=model,
+            messages=HELLO,
+            tools=[WEATHER],
+            response_format=schema_format(PERSON),
+            temperature=1.5,
+            seed=seed,
+            max_tokens=400,
+        )
+        message = answer.choices[0].message
+        if answer.choices[0].finish_reason == "stop":
+            jsonschema.validate(json.loads(message.content or ""), PERSON)
+        elif answer.choices[0].finish_reason == "tool_calls":
+            assert message.tool_calls

@@ -21,6 +21,18 @@ from worker.chat.tool_formats import harmony, sections, xml
 #: The text of a special token, and its id.
 Specials = Mapping[str, int]
 
+#: How JSON is written: llguidance's options, which a schema in a grammar has in its
+#: ``x-guidance``. See ``worker.constraints`` for why.
+JSON_OPTIONS: dict[str, Any] = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_pattern": r" |\n[ \t]{0,20}",
+    "json_allowed_escapes": 'nrbtf\\"',
+    "json_allow_general_unicode_escapes": False,
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
 _NAME = "\0"  # stands for the tool's name in the frames below
 
 
@@ -176,7 +188,7 @@ class _Grammar:
 
     def json(self, name: str, tool: Tool, schema: Mapping[str, Any], type: str = "object") -> str:
         """Adds a rule for JSON that fits a schema; its name."""
-        options = {} if tool.strict else {"x-guidance": {"lenient": True}}
+        options = {"x-guidance": {**JSON_OPTIONS, "lenient": not tool.strict}}
         schema = {**({"type": type} if type else {}), **schema, **options}
         self.add(name, f"%json {json.dumps(schema)}")
         return name

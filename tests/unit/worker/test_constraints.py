@@ -10,8 +10,8 @@ pytest.importorskip("llguidance")
 from protocol.chat import Constraint, ConstraintKind
 from protocol.errors import ErrorCode
 from worker.backends.base import TokenTable, is_mark
+from worker.chat.tool_grammar import JSON_OPTIONS
 from worker.constraints import (
-    JSON_OPTIONS,
     MAX_TEXT_BYTES,
     ConstraintRefused,
     GrammarMask,

@@ -1,12 +1,14 @@
 """The engine on the simulated backend: limits, stops, cancellation, slots."""
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from protocol.chat import ChatMessage
+from protocol.chat import ChatMessage, Constraint, ConstraintKind
 from protocol.errors import ErrorCode
 from protocol.messages import (
     Accepted,
@@ -20,7 +22,7 @@ from protocol.messages import (
     Sampling,
     Started,
 )
-from worker.backends.base import SequenceSpec, StepToken
+from worker.backends.base import SequenceSpec, StepToken, TokenMask, TokenTable
 from worker.backends.simulated import SimulatedBackend
 from worker.engine import Engine
 from worker.vitals import Vitals
@@ -311,3 +313,101 @@ def test_a_character_split_over_tokens_is_emitted_whole(tmp_path: Path) -> None:
     assert [detokenizer.add(byte) for byte in snowman] == ["", "", "☃"]
     assert detokenizer.add(snowman[0]) == ""
     assert detokenizer.finish() == "\ufffd"
+
+
+# --- constraints --------------------------------------------------------------
+
+OBJECT = Constraint(ConstraintKind.JSON)
+
+
+class Slow(SimulatedBackend):
+    """Whose vocabulary is read when ``go`` is set, and none of whose constraints is before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.masks: list[TokenMask | None] = []
+
+    def vocabulary(self) -> TokenTable | None:
+        assert self.go.wait(10)
+        return super().vocabulary()
+
+    def admit(self, spec: SequenceSpec) -> None:
+        self.masks.append(spec.mask)
+        super().admit(spec)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[tuple[Rig, Slow]]:
+    pytest.importorskip("llguidance")
+    backend = Slow()
+    rig = Rig(tmp_path, backend, max_sequences=2, tokens=["{", "}"])
+    yield rig, backend
+    backend.go.set()
+    rig.engine.close()
+
+
+def test_a_constraint_is_compiled_while_others_are_answered(slow: tuple[Rig, Slow]) -> None:
+    rig, backend = slow
+    assert rig.engine.submit(Generate(1, prompt="xyz", constraint=OBJECT)) is None
+    assert rig.engine.submit(Generate(2, prompt="x")) == Accepted(2, 1)
+    steps = [rig.engine.step() for _ in range(3)]
+    assert [[delta.request_id for delta in step.deltas] for step in steps] == [[2]] * 3
+    assert not any(step.settled for step in steps)
+    assert not rig.engine.idle
+    backend.go.set()
+    while not (step := rig.engine.step()).settled:
+        assert not step.deltas
+    assert list(step.settled) == [Accepted(1, 3)]
+    assert step.started == [Started(1, 0)]
+    assert list(rig.run()) == [1]
+    assert [mask is not None for mask in backend.masks] == [False, True]
+
+
+def test_work_is_in_hand_while_a_constraint_is_compiled(slow: tuple[Rig, Slow]) -> None:
+    rig, backend = slow
+    rig.engine.submit(Generate(1, prompt="x", constraint=OBJECT))
+    assert (rig.vitals.in_hand, rig.vitals.phase) == (1, Phase.PREFILL)
+    before = rig.vitals.progress
+    rig.engine.step()
+    assert (rig.vitals.in_hand, rig.vitals.phase) == (1, Phase.PREFILL)
+    # It would be taken for stuck if it were.
+    assert rig.vitals.progress == before
+    backend.go.set()
+    rig.run()
+    assert (rig.vitals.in_hand, rig.vitals.phase) == (0, Phase.IDLE)
+
+
+def test_a_constraint_that_cannot_be_enforced_is_a_refusal(slow: tuple[Rig, Slow]) -> None:
+    rig, backend = slow
+    backend.go.set()
+    schema = Constraint(ConstraintKind.SCHEMA, '{"uniqueItems": true}')
+    assert rig.engine.submit(Generate(1, prompt="x", constraint=schema)) is None
+    settled: list[Accepted | Rejected] = []
+    while not rig.engine.idle:
+        settled += rig.engine.step().settled
+    [refusal] = settled
+    assert isinstance(refusal, Rejected)
+    assert (refusal.code, refusal.param) == (ErrorCode.INVALID_VALUE, "response_format")
+    assert "uniqueItems" in refusal.message
+    assert rig.vitals.in_hand == 0
+
+
+def test_cancel_while_a_constraint_is_compiled(slow: tuple[Rig, Slow]) -> None:
+    rig, backend = slow
+    rig.engine.submit(Generate(1, prompt="x", constraint=OBJECT))
+    assert rig.engine.cancel(1) == Delta(1, "", [], FinishReason.CANCELLED)
+    assert rig.engine.cancel(1) is None
+    assert rig.engine.idle
+    assert rig.vitals.in_hand == 0
+    backend.go.set()
+    assert rig.engine.submit(Generate(2, prompt="x", constraint=OBJECT)) is None
+    assert list(rig.run()) == [2]
+
+
+def test_the_prompt_is_looked_at_before_the_constraint(slow: tuple[Rig, Slow]) -> None:
+    rig, _ = slow
+    answer = rig.engine.submit(Generate(1, prompt="", constraint=OBJECT))
+    assert isinstance(answer, Rejected)
+    assert answer.param == "prompt"
+    assert rig.engine.idle

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.chat import Constraint, ConstraintKind
 from protocol.messages import (
     Accepted,
     Cancel,
@@ -162,3 +163,20 @@ def test_cancelling_what_is_unknown_is_nothing(tmp_path: Path) -> None:
 def test_a_second_load_is_no_message_for_a_worker(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="one model only"):
         serve(tmp_path, ScriptedLink([Load(path="x")]))
+
+
+def test_a_constraint_is_accepted_before_its_answer_starts(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    constraint = Constraint(ConstraintKind.JSON)
+    request = Generate(1, prompt="xyz", max_tokens=2, constraint=constraint)
+    link = ScriptedLink([request], *([] for _ in range(400)))
+    serve(tmp_path, link)
+    assert link.about(1) == ["Accepted", "Started", "delta", "length"]
+
+
+def test_a_cancellation_reaches_a_request_whose_constraint_is_compiled(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    constraint = Constraint(ConstraintKind.REGEX, "(" * 100)
+    link = ScriptedLink([Generate(1, prompt="x", constraint=constraint), Cancel(1)], [], [])
+    serve(tmp_path, link)
+    assert link.about(1) == ["cancelled"]
