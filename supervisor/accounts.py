@@ -103,6 +103,10 @@ class AccountStore:
         """The keys under which a model is quarantined, loaded or not."""
         return [key for key, a in self._accounts.items() if key.model == model and a.quarantined]
 
+    def all_quarantined(self) -> list[AccountKey]:
+        """The keys of every quarantine."""
+        return [key for key, account in self._accounts.items() if account.quarantined]
+
     async def flush(self) -> None:
         """Wait for the pending write."""
         await self._writer.flush()

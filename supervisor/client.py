@@ -99,15 +99,18 @@ class Client:
         from supervisor.explain import explain
 
         view: Mapping[str, Any] | None = None
+        refusal = ""
         try:
             view = self.admin("GET", f"/admin/models/{_quoted(model_id)}")
         except ClientError as error:
-            if error.code != "model_not_found":
+            # Refusals that are about the model are what there is to explain.
+            if error.code is None or not error.code.startswith("model_"):
                 raise
+            refusal = error.code
         query = f"?model={_quoted(model_id)}"
         incidents = self.admin("GET", f"/admin/incidents{query}")["incidents"]
         records = self.admin("GET", f"/admin/models/compatibility{query}")["records"]
-        return explain(model_id, view, incidents, records)
+        return explain(model_id, view, incidents, records, refusal=refusal)
 
     def release(self, model_id: str) -> Any:
         return self.admin("POST", f"/admin/models/{_quoted(model_id)}/release")

@@ -10,27 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import zmq
-
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate
-from supervisor.accounts import AccountStore
 from supervisor.actor import Actor
 from supervisor.admission import BlockRule
-from supervisor.channel import SocketFolder
 from supervisor.compatibility import Record, recommendations
-from supervisor.footprint import OomKills
 from supervisor.gate import Gate, LoadSpec, ModelSpec
-from supervisor.incidents import Fingerprints, Incident, IncidentStore
-from supervisor.ledger import WorkerLedger
+from supervisor.incidents import Incident
 from supervisor.lifecycle import Readiness
-from supervisor.marks import Janitor, home_mark, kill_marked, server_mark
+from supervisor.marks import Janitor, home_mark, kill_marked
 from supervisor.memory_watch import MemoryWatch
 from supervisor.metrics import Metrics
-from supervisor.quarantine import Policy, release
-from supervisor.registry import Registry
+from supervisor.quarantine import release
 from supervisor.regressions import regressions
-from supervisor.services import Services
+from supervisor.resting import Resting
+from supervisor.services import open_services
 from supervisor.settings import Settings
 from supervisor.status import unstable
 from supervisor.stream import RequestStream
@@ -63,34 +57,16 @@ class Fleet:
         on_autoload: ReportAutoload,
     ) -> None:
         self._on_autoload = on_autoload
-        self._registry = Registry(settings.home)
-        self._accounts = AccountStore(settings.home, on_turn=self._registry.add_event)
-        self._incidents = IncidentStore(settings.home)
-        self._ledger = WorkerLedger(settings.home)
-        self._ledger.sweep()
+        self._services = services = open_services(settings, metrics)
+        self._registry = services.registry
+        self._accounts = services.accounts
+        self._incidents = services.incidents
+        services.ledger.sweep()
         # Nobody else runs workers of this home: its lock is ours.
         kill_marked(home_mark(settings.home))
         self._gate = Gate(settings, self._registry, blocklist)
-        self._zmq_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._sockets = SocketFolder(settings.home)
-        self._services = Services(
-            settings=settings,
-            policy=Policy(
-                threshold=settings.failure_threshold,
-                window_s=settings.failure_window_s,
-                delay_cap_s=settings.restart_delay_cap_s,
-                decay_s=settings.failure_window_s,
-            ),
-            registry=self._registry,
-            accounts=self._accounts,
-            incidents=self._incidents,
-            fingerprints=Fingerprints(settings.home),
-            ledger=self._ledger,
-            metrics=metrics,
-            zmq_context=self._zmq_context,
-            sockets=self._sockets,
-            server_mark=server_mark(settings.home),
-            oom_kills=OomKills(),
+        self._resting = Resting(
+            self._accounts, self._incidents, services.policy, self._registry.records
         )
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
@@ -103,11 +79,13 @@ class Fleet:
     # --- queries ---
 
     def models(self) -> list[ModelView]:
-        """Every tracked model, in the order of ids."""
-        return [self._actors[model_id].view() for model_id in sorted(self._actors)]
+        """Every tracked model, and every one that rests in quarantine; in the order of ids."""
+        return [self.model(name) for name in sorted(self._actors.keys() | self._resting.models())]
 
     def model(self, model_id: str) -> ModelView:
-        """Raise ``model_not_found`` for an id that is not tracked."""
+        """Raise ``model_not_found`` for an id that is neither tracked nor quarantined."""
+        if model_id not in self._actors and (resting := self._resting.view(model_id)) is not None:
+            return resting
         return self._actor(model_id).view()
 
     def fingerprint(self, model_id: str) -> str:
@@ -194,6 +172,8 @@ class Fleet:
 
     async def unload(self, model_id: str) -> None:
         """Stop the worker and wait for it to be gone. Raises ``model_not_found``."""
+        if model_id not in self._actors and self._resting.view(model_id) is not None:
+            return  # Nothing runs, and the quarantine stays.
         actor = self._actor(model_id)
         actor.unload()
         while actor.tracked and actor.state.unloading:
@@ -249,19 +229,16 @@ class Fleet:
                 await actor.close()
             if self._janitor is not None:
                 self._janitor.dismiss()
-            for store in (self._registry, self._accounts, self._incidents, self._ledger):
-                await store.flush()
+            await self._services.flush()
         finally:
-            # Not ``term``, which would wait for ever for a socket that was forgotten.
-            self._zmq_context.destroy(linger=0)
-            self._sockets.cleanup()
+            self._services.close()
 
     def _actor(self, model_id: str) -> Actor:
         actor = self._actors.get(model_id)
         if actor is not None:
             return actor
-        if self._accounts.quarantined(model_id):
-            raise unstable(model_id, "it failed too often before this start of the server")
+        if (resting := self._resting.view(model_id)) is not None:
+            raise unstable(model_id, resting.readiness.reason)
         if self._at_gate[model_id]:
             raise CodedError(
                 ErrorCode.MODEL_NOT_READY,
@@ -330,6 +307,7 @@ class Fleet:
 
     def _wake(self, actor: Actor | None, model: ModelSpec, spec: LoadSpec) -> Actor:
         """Start what the gate admitted: a new actor, or the quarantined one on probation."""
+        self._resting.admitted(model.account_key)
         if actor is not None and actor.spec.account_key == model.account_key:
             if not spec.allow_unsupported_runtime:
                 raise unstable(actor.spec.model_id, actor.state.reason)

@@ -11,6 +11,7 @@ from supervisor.channel import SocketFolder
 from supervisor.footprint import OomKills
 from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
+from supervisor.marks import server_mark
 from supervisor.metrics import Metrics
 from supervisor.quarantine import Policy
 from supervisor.registry import Registry
@@ -33,3 +34,39 @@ class Services:
     sockets: SocketFolder
     server_mark: str
     oom_kills: OomKills
+
+    async def flush(self) -> None:
+        """Wait for all that is to be kept to be on disk."""
+        for store in (self.registry, self.accounts, self.incidents, self.ledger):
+            await store.flush()
+
+    def close(self) -> None:
+        """Give the sockets back; workers that are left are not heard any more."""
+        # Not ``term``, which would wait for ever for a socket that was forgotten.
+        self.zmq_context.destroy(linger=0)
+        self.sockets.cleanup()
+
+
+def open_services(settings: Settings, metrics: Metrics) -> Services:
+    """Read the state of ``settings.home``, whose lock the caller holds."""
+    home = settings.home
+    registry = Registry(home)
+    return Services(
+        settings=settings,
+        policy=Policy(
+            threshold=settings.failure_threshold,
+            window_s=settings.failure_window_s,
+            delay_cap_s=settings.restart_delay_cap_s,
+            decay_s=settings.failure_window_s,
+        ),
+        registry=registry,
+        accounts=AccountStore(home, on_turn=registry.add_event),
+        incidents=IncidentStore(home),
+        fingerprints=Fingerprints(home),
+        ledger=WorkerLedger(home),
+        metrics=metrics,
+        zmq_context=zmq.Context(),
+        sockets=SocketFolder(home),
+        server_mark=server_mark(home),
+        oom_kills=OomKills(),
+    )

@@ -8,8 +8,8 @@ import time
 import psutil
 
 from protocol.errors import CodedError, ErrorCode
-from supervisor.lifecycle import Readiness, State
-from supervisor.quarantine import Policy, count_in_window
+from supervisor.lifecycle import LoadAccepted, Readiness, State, transition
+from supervisor.quarantine import Account, Policy, count_in_window
 from supervisor.views import ReadinessView
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,13 @@ def readiness_view(state: State, policy: Policy) -> ReadinessView:
         code=state.code,
         probation=state.probation,
     )
+
+
+def resting_readiness(account: Account, policy: Policy) -> ReadinessView:
+    """How a quarantined model stands that is not tracked: as it will once a load is tried."""
+    state, _ = transition(None, LoadAccepted(account), policy, time.monotonic())
+    assert state is not None
+    return readiness_view(state, policy)
 
 
 def require_routable(model_id: str, state: State) -> None:

@@ -23,10 +23,14 @@ class ReadinessView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """A tracked model, as in ``GET /admin/models/{id}``. GB is 1e9 bytes."""
+    """A tracked model, as in ``GET /admin/models/{id}``. GB is 1e9 bytes.
+
+    ``path`` is None for a quarantine from before this start of the server, as long as
+    nobody has tried to load the model again.
+    """
 
     id: str
-    path: str
+    path: str | None
     backend: str
     backend_version: str
     pid: int | None

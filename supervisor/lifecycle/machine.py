@@ -152,7 +152,8 @@ def _restore_quarantine(account: Account, now: float) -> Outcome:
     state = State(
         readiness=Readiness.QUARANTINED,
         reason=account.last_reason or "failed too often",
-        updated_at=now,
+        # It is quarantined since it failed, not since somebody asked.
+        updated_at=account.times[-1] if account.times else now,
         account=account,
         code=ErrorCode.MODEL_UNSTABLE,
     )

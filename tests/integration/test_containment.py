@@ -5,9 +5,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -336,15 +339,56 @@ def test_a_quarantine_survives_the_supervisor(tmp_path: Path) -> None:
     model = write_script(tmp_path, "crasher", faults=[{"at": "load", "kind": "abort"}])
     with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as first:
         first.load("crasher")
-        first.await_state("crasher", "quarantined")
+        before = first.await_state("crasher", "quarantined")
     with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as second:
         refused = second.chat("crasher")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_unstable")
+        # Right after the start, and the same once a load has been tried.
+        assert_still_quarantined(second, before)
         answer = second.load("crasher")
         assert answer.json()["error"]["code"] == "model_unstable"
-        assert second.model("crasher")["readiness"]["crash_count"] == 3
+        assert_still_quarantined(second, before)
         # A repaired file is another key.
         model.write_text("{}")
+        assert second.load("crasher").status_code == 200
+        second.http.post("/admin/models/unload", json={"model_id": "crasher"})
+        assert second.http.get("/admin/models/crasher").status_code == 404
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as third:
+        # The quarantine of the broken file is history.
+        assert third.http.get("/admin/models").json()["models"] == []
+        assert third.chat("crasher").json()["error"]["code"] == "model_not_found"
+
+
+def assert_still_quarantined(server: Server, before: dict[str, Any]) -> None:
+    (view,) = server.http.get("/admin/models").json()["models"]
+    assert view["id"] == server.model("crasher")["id"] == "crasher"
+    assert view["readiness"]["state"] == "quarantined"
+    assert view["readiness"]["reason"] == before["readiness"]["reason"]
+    assert view["readiness"]["crash_count"] == 3
+    assert view["last_incident_id"] == before["last_incident_id"]
+    since = before["readiness"]["updated_at"]
+    assert abs(view["readiness"]["updated_at"] - since) < 1.0
+    told = subprocess.check_output(
+        [sys.executable, "-m", "supervisor.cli", "explain", "crasher", "--url", server.url],
+        text=True,
+    )
+    assert told.startswith("crasher is quarantined since 20")
+    assert told.count("killed by SIGABRT") >= 4
+    assert "opta-lmx release crasher" in told
+
+
+def test_a_quarantine_of_before_the_start_is_released_unloaded_and_explained(
+    tmp_path: Path,
+) -> None:
+    write_script(tmp_path, "crasher", faults=[{"at": "load", "kind": "abort", "times": 3}])
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as first:
+        first.load("crasher")
+        first.await_state("crasher", "quarantined")
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as second:
+        unloaded = second.http.post("/admin/models/unload", json={"model_id": "crasher"})
+        assert unloaded.json()["readiness"]["state"] == "quarantined"
+        assert second.http.post("/admin/models/crasher/release").status_code == 200
+        assert second.http.get("/admin/models/crasher").status_code == 404
         assert second.load("crasher").status_code == 200
 
 

@@ -263,9 +263,10 @@ def test_the_reason_of_a_failure_stays_until_the_model_is_well() -> None:
 
 
 def test_a_quarantine_is_restored_at_the_first_load_after_a_restart() -> None:
-    account = replace(Account(), quarantined=True, last_reason="killed by SIGBUS")
+    account = Account(times=(-90.0, -70.0), quarantined=True, last_reason="killed by SIGBUS")
     machine = Machine()(lc.LoadAccepted(account))
     assert machine.state.reason == "killed by SIGBUS"
+    assert machine.state.updated_at == -70.0
     assert machine.state.readiness is Readiness.QUARANTINED
     assert lc.SpawnWorker not in machine.kinds()
 
