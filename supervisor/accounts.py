@@ -49,6 +49,7 @@ class _Entry(msgspec.Struct, frozen=True, kw_only=True):
     failed_at: list[float]
     streak: int = 0
     level: int
+    healthy_s: float = 0.0
     quarantined: bool
     quarantines: int
     last_reason: str = ""
@@ -91,6 +92,8 @@ class AccountStore:
         ``released`` says how its quarantine ended, should this be the end of one.
         """
         before = self.get(key)
+        if account == before:
+            return
         self._accounts[key] = account
         entries = [self._to_disk(k, a) for k, a in self._accounts.items()]
         self._writer.save(_File(accounts=entries))
@@ -130,6 +133,7 @@ class AccountStore:
             times=tuple(now - max(0.0, wall - at) for at in entry.failed_at),
             streak=entry.streak,
             level=entry.level,
+            healthy_s=entry.healthy_s,
             quarantined=entry.quarantined,
             quarantines=entry.quarantines,
             last_reason=entry.last_reason,
@@ -142,6 +146,7 @@ class AccountStore:
             failed_at=[wall - (now - at) for at in account.times],
             streak=account.streak,
             level=account.level,
+            healthy_s=account.healthy_s,
             quarantined=account.quarantined,
             quarantines=account.quarantines,
             last_reason=account.last_reason,

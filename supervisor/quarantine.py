@@ -44,14 +44,16 @@ class Account:
 
     ``times`` are those of the counted failures, oldest first; ``streak`` is how
     many came since the model was last routable; ``level`` drives the restart
-    delay; ``quarantines`` counts how often the model was quarantined and is not
-    forgotten by a release; ``last_reason`` tells of the last failure. On probation
-    an account stays ``quarantined``.
+    delay; ``healthy_s`` is healthy time since the last failure that has not taken a
+    level off yet; ``quarantines`` counts how often the model was quarantined and is
+    not forgotten by a release; ``last_reason`` tells of the last failure. On
+    probation an account stays ``quarantined``.
     """
 
     times: tuple[float, ...] = ()
     streak: int = 0
     level: int = 0
+    healthy_s: float = 0.0
     quarantined: bool = False
     quarantines: int = 0
     last_reason: str = ""
@@ -62,23 +64,28 @@ def count_in_window(account: Account, policy: Policy, now: float) -> int:
     return sum(1 for time in account.times if now - time < policy.window_s)
 
 
-def record_failure(
-    account: Account, policy: Policy, now: float, *, healthy_s: float | None, reason: str = ""
-) -> Account:
-    """Count one failure; quarantine at the threshold, on probation at once.
+def record_routable(account: Account) -> Account:
+    """The model has become routable: that ends a row of failures."""
+    return replace(account, streak=0)
 
-    ``healthy_s`` is how long the model had been routable when it failed, None if
-    it never got there.
-    """
+
+def record_health(account: Account, policy: Policy, healthy_s: float) -> Account:
+    """The model has been routable for so long, and is not any more, for whatever reason."""
+    levels, rest = divmod(account.healthy_s + healthy_s, policy.decay_s)
+    level = max(0, account.level - int(levels))
+    return replace(account, level=level, healthy_s=rest if level else 0.0)
+
+
+def record_failure(account: Account, policy: Policy, now: float, *, reason: str = "") -> Account:
+    """Count one failure; quarantine at the threshold, on probation at once."""
     times = (*(t for t in account.times if now - t < policy.window_s), now)
-    streak = account.streak + 1 if healthy_s is None else 1
-    level = max(0, account.level - int((healthy_s or 0.0) // policy.decay_s)) + 1
+    streak = account.streak + 1
     on_probation = account.quarantined
     quarantined = on_probation or max(len(times), streak) >= policy.threshold
     return Account(
         times=times,
         streak=streak,
-        level=level,
+        level=account.level + 1,
         quarantined=quarantined,
         quarantines=account.quarantines + quarantined,
         last_reason=reason,

@@ -87,7 +87,7 @@ class AnswerLoads:
 
 @dataclass(frozen=True, slots=True)
 class SaveAccount:
-    """Persist the account, so that a restart is no amnesty.
+    """Persist the account, if it has changed: a restart is no amnesty.
 
     ``released`` says how its quarantine ended, should this be the end of one.
     """

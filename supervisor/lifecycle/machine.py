@@ -64,6 +64,8 @@ from supervisor.quarantine import (
     FailureKind,
     Policy,
     record_failure,
+    record_health,
+    record_routable,
     release,
     restart_delay,
 )
@@ -95,7 +97,7 @@ def transition(state: State | None, event: Event, policy: Policy, now: float) ->
                 raise IllegalEvent("the quarantined worker is not gone yet")
             return _admit(state.account, generation=state.generation, now=now)
         case UnloadRequested():
-            return _unload(state, event, now)
+            return _unload(state, event, policy, now)
         case Released():
             return _release(state)
         case _ if event.generation > state.generation:
@@ -201,15 +203,22 @@ def _canary_passed(state: State, event: CanaryPassed, policy: Policy, now: float
     if state.failed or state.unloading:
         return state, []
     _require(state, event, Readiness.CANARY_PENDING)
+    account = record_routable(state.account)
     state = replace(
         state,
+        account=account,
         readiness=Readiness.ROUTABLE,
         reason="canary passed",
         code=None,
         updated_at=now,
         routable_since=now,
     )
-    commands: list[Command] = [RecordPass(), AnswerLoads(), OpenTraffic(state.generation)]
+    commands: list[Command] = [
+        SaveAccount(account),
+        RecordPass(),
+        AnswerLoads(),
+        OpenTraffic(state.generation),
+    ]
     if state.probation:
         commands.append(WatchProbation(state.generation, policy.window_s))
     return state, commands
@@ -258,8 +267,7 @@ def _count_failure(
     state: State, kind: FailureKind, reason: str, jitter: float, policy: Policy, now: float
 ) -> Outcome:
     """Count a failure of the current generation, whose process is still there."""
-    healthy_s = None if state.routable_since is None else now - state.routable_since
-    account = record_failure(state.account, policy, now, healthy_s=healthy_s, reason=reason)
+    account = record_failure(_settled(state, policy, now), policy, now, reason=reason)
     code = _code_of(state, kind)
     state = replace(
         state,
@@ -286,6 +294,13 @@ def _count_failure(
     ]
 
 
+def _settled(state: State, policy: Policy, now: float) -> Account:
+    """The account with the healthy time until now, at the end of being routable."""
+    if state.routable_since is None:
+        return state.account
+    return record_health(state.account, policy, now - state.routable_since)
+
+
 def _exited(state: State, event: WorkerExited, policy: Policy, now: float) -> Outcome:
     if not state.worker_alive:
         raise IllegalEvent("the worker exited twice")
@@ -306,7 +321,7 @@ def _exited(state: State, event: WorkerExited, policy: Policy, now: float) -> Ou
     return state, [*commands, ScheduleRestart(state.generation, state.restart_delay_s)]
 
 
-def _unload(state: State, event: UnloadRequested, now: float) -> Outcome:
+def _unload(state: State, event: UnloadRequested, policy: Policy, now: float) -> Outcome:
     if state.unloading:
         return state, []
     stop: list[Command] = []
@@ -316,11 +331,14 @@ def _unload(state: State, event: UnloadRequested, now: float) -> Outcome:
         stop = [StopWorker(state.generation, broken=loading)]
     if state.readiness is Readiness.QUARANTINED:
         return replace(state, unloading=state.worker_alive), stop
+    account = _settled(state, policy, now)
     commands: list[Command] = [
+        SaveAccount(account),
         AnswerLoads(event.code, event.reason),
         FailRequests(event.code, event.reason),
         *stop,
     ]
+    state = replace(state, account=account, routable_since=None)
     if not state.worker_alive:
         return None, commands
     return replace(state, unloading=True, reason="unloading", updated_at=now), commands

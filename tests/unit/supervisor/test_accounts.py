@@ -19,13 +19,14 @@ def store(home: Path, *, monotonic: float, wall: float) -> AccountStore:
 
 async def test_failures_keep_their_age_over_a_restart(tmp_path: Path) -> None:
     before = store(tmp_path, monotonic=1000, wall=50_000)
-    before.put(KEY, Account(times=(500, 900), level=2, quarantines=1))
+    before.put(KEY, Account(times=(500, 900), streak=2, level=2, healthy_s=7.5, quarantines=1))
     await before.flush()
     after = store(tmp_path, monotonic=7, wall=50_150)
     account = after.get(KEY)
     assert list(account.times) == [7 - 650, 7 - 250]
     assert count_in_window(account, POLICY, now=7) == 1
-    assert (account.level, account.quarantines) == (2, 1)
+    assert (account.streak, account.level, account.healthy_s) == (2, 2, 7.5)
+    assert account.quarantines == 1
 
 
 async def test_a_quarantine_survives(tmp_path: Path) -> None:
@@ -105,3 +106,10 @@ async def test_the_accounts_of_a_later_version_are_left_whole(tmp_path: Path) ->
     await before.flush()
     assert path.read_text() == later
     assert AccountStore(tmp_path).get(KEY).quarantined
+
+
+async def test_an_account_that_has_not_changed_is_not_written(tmp_path: Path) -> None:
+    accounts = AccountStore(tmp_path)
+    accounts.put(KEY, Account())
+    await accounts.flush()
+    assert not list(tmp_path.iterdir())

@@ -79,7 +79,7 @@ def test_a_load_goes_through_every_state() -> None:
     assert machine.commands == [lc.RunCanary(1, strict=False)]
     machine(lc.CanaryPassed(1))
     assert machine.readiness() is Readiness.ROUTABLE
-    assert machine.kinds() == [lc.RecordPass, lc.AnswerLoads, lc.OpenTraffic]
+    assert machine.kinds() == [lc.SaveAccount, lc.RecordPass, lc.AnswerLoads, lc.OpenTraffic]
 
 
 @pytest.mark.parametrize(
@@ -248,6 +248,32 @@ def test_a_process_that_cannot_be_made_is_tried_again_and_not_counted() -> None:
 def test_an_unload_meets_a_process_that_could_not_be_made() -> None:
     machine = admitted()(lc.UnloadRequested(), lc.SpawnFailed(1, "too many open files"))
     assert machine.current is None
+
+
+def test_an_isolated_failure_long_after_others_does_not_quarantine() -> None:
+    """Two loads fail; then it serves for ten hours, is unloaded, loaded, and crashes once."""
+    machine = loading()(exited(1), lc.RestartDue(1), lc.WorkerSpawned(2), exited(2))
+    machine(lc.RestartDue(2), lc.WorkerSpawned(3), lc.WorkerLoaded(3), lc.CanaryPassed(3))
+    assert (machine.state.account.streak, machine.state.account.level) == (0, 2)
+    machine.now += 36_000
+    machine(lc.UnloadRequested())
+    save = machine.command(lc.SaveAccount)
+    assert isinstance(save, lc.SaveAccount)
+    assert (save.account.level, save.account.healthy_s) == (0, 0.0)
+    machine(exited(3))
+    assert machine.current is None
+    machine(lc.LoadAccepted(save.account), lc.WorkerSpawned(1), exited(1))
+    assert machine.readiness() is Readiness.LOADING
+    assert machine.command(lc.ScheduleRestart) == lc.ScheduleRestart(1, 0.0)
+
+
+def test_an_unload_itself_decays_nothing() -> None:
+    machine = loading()(exited(1), lc.RestartDue(1), lc.WorkerSpawned(2))
+    machine.now += 36_000
+    machine(lc.UnloadRequested())
+    save = machine.command(lc.SaveAccount)
+    assert isinstance(save, lc.SaveAccount)
+    assert (save.account.streak, save.account.level) == (1, 1)
 
 
 def test_a_load_that_was_asked_for_wrongly_is_no_record_of_the_model() -> None:

@@ -23,7 +23,8 @@ class ReadinessMachine(RuleBasedStateMachine):
     """Plays the actor, its workers and a fleet that keeps the account.
 
     ``alive`` is the model of the outside world: which generations have a process.
-    ``failures`` is an independent log of what should have been counted.
+    ``failures`` is an independent log of what should have been counted. The oracles of
+    streak and level sum up health in arrears, at the next failure.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,10 @@ class ReadinessMachine(RuleBasedStateMachine):
         self.waiting_load = False
         self.timer: int | None = None
         self.failures: list[float] = []
+        self.streak = 0
+        self.level = 0
+        self.healthy_s = 0.0
+        self.routable_since: float | None = None
         self.counted_generations: set[int] = set()
 
     def apply(self, event: lc.Event) -> None:
@@ -49,6 +54,12 @@ class ReadinessMachine(RuleBasedStateMachine):
             return
         for command in commands:
             self.execute(command)
+        if self.traffic is None and self.routable_since is not None:
+            self.healthy_s += self.now - self.routable_since
+            self.routable_since = None
+        if any(isinstance(c, lc.RecordFailure) and c.kind is not None for c in commands):
+            self.level = max(0, self.level - int(self.healthy_s // POLICY.decay_s)) + 1
+            self.healthy_s = 0.0
         if self.state is None:
             self.traffic = None
             self.timer = None
@@ -69,6 +80,8 @@ class ReadinessMachine(RuleBasedStateMachine):
                 self.traffic = None
             case lc.OpenTraffic():
                 self.traffic = command.generation
+                self.routable_since = self.now
+                self.streak = 0
             case lc.ParkRequests() | lc.FailRequests():
                 self.traffic = None
             case lc.ScheduleRestart():
@@ -86,6 +99,7 @@ class ReadinessMachine(RuleBasedStateMachine):
                 assert self.state.generation not in self.counted_generations, "counted twice"
                 self.counted_generations.add(self.state.generation)
                 self.failures.append(self.now)
+                self.streak += 1
 
     # --- what operators do ---
 
@@ -110,6 +124,7 @@ class ReadinessMachine(RuleBasedStateMachine):
         self.apply(lc.Released())
         if was is not self.state:
             self.failures.clear()
+            self.streak = 0
 
     # --- what workers do ---
 
@@ -134,6 +149,7 @@ class ReadinessMachine(RuleBasedStateMachine):
         self.apply(lc.ProbationServed(max(self.alive)))
         if was is not None and self.state is not None and was.probation > self.state.probation:
             self.failures.clear()
+            self.streak = 0
 
     @precondition(lambda self: self.alive)
     @rule()
@@ -188,9 +204,10 @@ class ReadinessMachine(RuleBasedStateMachine):
         ):
             assert transition(before, event, POLICY, self.now) == (before, [])
 
-    @rule(seconds=st.floats(0.0, 40.0))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
+    @rule(quarters=st.integers(0, 1000))
+    def wait(self, quarters: int) -> None:
+        # In binary fractions, whose sums are exact in any order.
+        self.now += quarters / 4
 
     # --- what must always hold ---
 
@@ -218,6 +235,9 @@ class ReadinessMachine(RuleBasedStateMachine):
         recount = [t for t in self.failures if self.now - t < POLICY.window_s]
         assert [t for t in account.times if self.now - t < POLICY.window_s] == recount
         assert account == self.saved
+        assert account.streak == self.streak
+        if self.routable_since is None:
+            assert account.level == max(0, self.level - int(self.healthy_s // POLICY.decay_s))
 
     @invariant()
     def quarantine_is_what_the_account_says(self) -> None:

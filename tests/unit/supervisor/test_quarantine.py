@@ -9,6 +9,8 @@ from supervisor.quarantine import (
     Policy,
     count_in_window,
     record_failure,
+    record_health,
+    record_routable,
     release,
     restart_delay,
 )
@@ -19,7 +21,7 @@ POLICY = Policy(threshold=3, window_s=600, delay_cap_s=60, decay_s=600)
 def fail_at(*times: float, policy: Policy = POLICY) -> Account:
     account = Account()
     for time in times:
-        account = record_failure(account, policy, time, healthy_s=1.0)
+        account = record_failure(record_routable(account), policy, time)
     return account
 
 
@@ -57,14 +59,27 @@ def test_jitter_takes_at_most_half_of_the_delay(level: int, jitter: float) -> No
 
 def test_healthy_time_decays_the_level() -> None:
     account = Account(level=5)
-    assert record_failure(account, POLICY, 0, healthy_s=599).level == 6
-    assert record_failure(account, POLICY, 0, healthy_s=1200).level == 4
-    assert record_failure(account, POLICY, 0, healthy_s=1e9).level == 1
+    assert record_health(account, POLICY, 599).level == 5
+    assert record_health(account, POLICY, 1200).level == 3
+    assert record_health(account, POLICY, 1e9) == Account(level=0)
+
+
+@given(st.lists(st.integers(0, 2000), max_size=10), st.integers(0, 8))
+def test_healthy_time_counts_in_whatever_pieces_it_comes(pieces: list[int], level: int) -> None:
+    account = Account(level=level)
+    for piece in pieces:
+        account = record_health(account, POLICY, piece)
+    assert account == record_health(Account(level=level), POLICY, sum(pieces))
+
+
+def test_a_failure_begins_a_new_stretch() -> None:
+    account = record_failure(record_health(Account(level=2), POLICY, 599), POLICY, 0)
+    assert record_health(account, POLICY, 599).level == 3
 
 
 def test_one_failure_on_probation_quarantines_again() -> None:
     account = fail_at(0, 1, 2)
-    again = record_failure(account, POLICY, 5000, healthy_s=1.0)
+    again = record_failure(account, POLICY, 5000)
     assert again.quarantined
     assert again.quarantines == 2
 
@@ -73,7 +88,7 @@ def test_failures_in_a_row_quarantine_however_slowly_they_come() -> None:
     account = Account()
     for time in (0, 1000, 2000):
         assert not account.quarantined
-        account = record_failure(account, POLICY, time, healthy_s=None)
+        account = record_failure(account, POLICY, time)
     assert account.quarantined
     assert count_in_window(account, POLICY, 2000) == 1
 
@@ -81,8 +96,8 @@ def test_failures_in_a_row_quarantine_however_slowly_they_come() -> None:
 def test_being_routable_ends_a_row() -> None:
     account = Account()
     for time in range(0, 10_000, 1000):
-        account = record_failure(account, POLICY, time, healthy_s=None)
-        account = record_failure(account, POLICY, time + 700, healthy_s=5.0)
+        account = record_failure(account, POLICY, time)
+        account = record_failure(record_routable(account), POLICY, time + 700)
         assert account.streak == 1
         assert not account.quarantined
 
