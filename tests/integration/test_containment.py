@@ -5,12 +5,9 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -210,51 +207,6 @@ def test_loads_and_unloads_in_any_order_are_all_answered(server: Server, models_
     assert server.model("contested")["readiness"]["crash_count"] == 0
 
 
-def test_the_third_failure_quarantines(server: Server, models_dir: Path) -> None:
-    write_script(models_dir, "fragile", tokens=COUNTING)
-    server.load("fragile")
-    for generation in (1, 2, 3):
-        server.await_state("fragile", "routable", generation=generation)
-        server.kill_worker("fragile")
-    view = server.await_state("fragile", "quarantined")
-    assert view["readiness"]["crash_count"] == 3
-    assert view["pid"] is None
-    refused = server.chat("fragile")
-    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_unstable")
-    again = server.load("fragile")
-    assert (again.status_code, again.json()["error"]["code"]) == (409, "model_unstable")
-
-    # Unloading is no way out of a quarantine; releasing is.
-    server.http.post("/admin/models/unload", json={"model_id": "fragile"})
-    assert server.model("fragile")["readiness"]["state"] == "quarantined"
-    assert server.http.post("/admin/models/fragile/release").status_code == 200
-    assert server.http.get("/admin/models/fragile").status_code == 404
-    assert server.load("fragile").status_code == 200
-
-
-def test_probation_is_strict(server: Server, models_dir: Path) -> None:
-    write_script(models_dir, "suspect", tokens=COUNTING, step_delay_s=0.01)
-    server.load("suspect")
-    for generation in (1, 2, 3):
-        server.await_state("suspect", "routable", generation=generation)
-        server.kill_worker("suspect")
-    server.await_state("suspect", "quarantined")
-    loaded = server.load("suspect", allow_unsupported_runtime=True)
-    assert loaded.status_code == 200
-    assert loaded.json()["readiness"]["probation"] is True
-    stream = server.stream("suspect")
-    next(stream)
-    assert server.chat("suspect").status_code == 429
-    server.kill_worker("suspect")
-    assert "model_unstable" in list(stream)[-1]
-    server.await_state("suspect", "quarantined")
-
-    # Unloading is no way out of a probation.
-    assert server.load("suspect", allow_unsupported_runtime=True).status_code == 200
-    server.http.post("/admin/models/unload", json={"model_id": "suspect"})
-    assert server.load("suspect").json()["error"]["code"] == "model_unstable"
-
-
 @pytest.mark.parametrize(
     ("script", "code", "said"),
     [
@@ -333,63 +285,6 @@ def test_an_unload_answers_the_requests_that_run(server: Server, models_dir: Pat
     assert "model_unloaded" in list(stream)[-1]
     await_gone([pid])
     assert server.http.get("/admin/models/leaving").status_code == 404
-
-
-def test_a_quarantine_survives_the_supervisor(tmp_path: Path) -> None:
-    model = write_script(tmp_path, "crasher", faults=[{"at": "load", "kind": "abort"}])
-    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as first:
-        first.load("crasher")
-        before = first.await_state("crasher", "quarantined")
-    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as second:
-        refused = second.chat("crasher")
-        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_unstable")
-        # Right after the start, and the same once a load has been tried.
-        assert_still_quarantined(second, before)
-        answer = second.load("crasher")
-        assert answer.json()["error"]["code"] == "model_unstable"
-        assert_still_quarantined(second, before)
-        # A repaired file is another key.
-        model.write_text("{}")
-        assert second.load("crasher").status_code == 200
-        second.http.post("/admin/models/unload", json={"model_id": "crasher"})
-        assert second.http.get("/admin/models/crasher").status_code == 404
-    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as third:
-        # The quarantine of the broken file is history.
-        assert third.http.get("/admin/models").json()["models"] == []
-        assert third.chat("crasher").json()["error"]["code"] == "model_not_found"
-
-
-def assert_still_quarantined(server: Server, before: dict[str, Any]) -> None:
-    (view,) = server.http.get("/admin/models").json()["models"]
-    assert view["id"] == server.model("crasher")["id"] == "crasher"
-    assert view["readiness"]["state"] == "quarantined"
-    assert view["readiness"]["reason"] == before["readiness"]["reason"]
-    assert view["readiness"]["crash_count"] == 3
-    assert view["last_incident_id"] == before["last_incident_id"]
-    since = before["readiness"]["updated_at"]
-    assert abs(view["readiness"]["updated_at"] - since) < 1.0
-    told = subprocess.check_output(
-        [sys.executable, "-m", "supervisor.cli", "explain", "crasher", "--url", server.url],
-        text=True,
-    )
-    assert told.startswith("crasher is quarantined since 20")
-    assert told.count("killed by SIGABRT") >= 4
-    assert "opta-lmx release crasher" in told
-
-
-def test_a_quarantine_of_before_the_start_is_released_unloaded_and_explained(
-    tmp_path: Path,
-) -> None:
-    write_script(tmp_path, "crasher", faults=[{"at": "load", "kind": "abort", "times": 3}])
-    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as first:
-        first.load("crasher")
-        first.await_state("crasher", "quarantined")
-    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as second:
-        unloaded = second.http.post("/admin/models/unload", json={"model_id": "crasher"})
-        assert unloaded.json()["readiness"]["state"] == "quarantined"
-        assert second.http.post("/admin/models/crasher/release").status_code == 200
-        assert second.http.get("/admin/models/crasher").status_code == 404
-        assert second.load("crasher").status_code == 200
 
 
 def test_what_waits_is_answered_while_no_process_can_be_made(tmp_path: Path) -> None:
