@@ -88,12 +88,16 @@ def choose_backend(
     )
 
 
-def refuse_blocked(rule: BlockRule, backend: str, backend_version: str) -> CodedError:
-    """The refusal for a model that a rule forbids."""
-    return _unsupported(
-        f"{backend} {backend_version} is known to fail on this model: {rule.reason} "
-        "(allow_unsupported_runtime=true loads it all the same)"
-    )
+def check_blocklist(
+    rules: Sequence[BlockRule], traits: Mapping[str, str], backend: str, backend_version: str
+) -> None:
+    """Raise ``model_unsupported_backend`` for a model that a rule forbids."""
+    rule = find_block(rules, traits, backend, backend_version)
+    if rule is not None:
+        raise _unsupported(
+            f"{backend} {backend_version} is known to fail on this model: {rule.reason} "
+            "(allow_unsupported_runtime=true loads it all the same)"
+        )
 
 
 def _unsupported(message: str) -> CodedError:

@@ -19,6 +19,8 @@ from typing import Literal
 import msgspec
 from packaging.version import Version
 
+from protocol.errors import ErrorCode
+
 Outcome = Literal["pass", "fail"]
 Verdict = Literal["allow", "deny", "unproven"]
 EventName = Literal["quarantine", "release"]
@@ -54,6 +56,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What a verdict rests on: outcomes of the model's newest file on this version.
 
+    ``runtime_failures`` are those of the failures that befell a model in service;
     ``latest`` is the record that decided, None where nothing was learnt yet;
     ``last_good_version`` the newest version, not after this one if there is such,
     on which the model is allowed.
@@ -62,6 +65,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     latest: Record | None
     passes: int = msgspec.field(name="pass")
     failures: int = msgspec.field(name="fail")
+    runtime_failures: int
     last_good_version: str | None
 
 
@@ -86,7 +90,8 @@ class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
 class Standing:
     """How one file of a model stands on one version of a backend.
 
-    ``latest`` is the newest outcome; ``decisive`` the record that the verdict rests on.
+    ``latest`` is the newest outcome; ``decisive`` the record that the verdict rests on;
+    ``crashes`` are the failures in service, after the canary had passed.
     """
 
     verdict: Verdict
@@ -94,6 +99,7 @@ class Standing:
     latest: Record | None
     passes: tuple[Record, ...]
     failures: int
+    crashes: tuple[Record, ...]
 
 
 def standing(records: Iterable[Record]) -> Standing:
@@ -104,6 +110,7 @@ def standing(records: Iterable[Record]) -> Standing:
     it passed (on probation) after that quarantine.
     """
     passes: list[Record] = []
+    crashes: list[Record] = []
     failures = 0
     latest: Record | None = None
     since_quarantine: Record | None = None
@@ -117,6 +124,8 @@ def standing(records: Iterable[Record]) -> Standing:
                 passes.append(record)
             else:
                 failures += 1
+                if record.text("code") == ErrorCode.MODEL_CRASHED:
+                    crashes.append(record)
         elif record.event == "quarantine":
             quarantine, since_quarantine, released = record, None, None
         elif record.event == "release":
@@ -129,7 +138,7 @@ def standing(records: Iterable[Record]) -> Standing:
         verdict = "deny"
     elif released is None and latest is not None:
         verdict = "allow" if latest.outcome == "pass" else "deny"
-    return Standing(verdict, decisive, latest, tuple(passes), failures)
+    return Standing(verdict, decisive, latest, tuple(passes), failures, tuple(crashes))
 
 
 def recommendations(
@@ -139,21 +148,31 @@ def recommendations(
 
     ``installed`` maps backends to the versions that are here now. A model that is
     known on a backend, but not on its installed version, is unproven there: the next
-    canary decides. Only the model's newest file counts, and what names no file.
+    canary decides. Only the file that the model has had last on this backend counts,
+    whatever the version, and what names no file.
     """
+    given = list(records)
+    newest = _newest_files(given)
+    of_newest = grouped(
+        r for r in given if r.digest in (None, newest.get((r.model, r.backend), r.digest))
+    )
     return [
         recommendation
-        for (model, backend), versions in grouped(records).items()
-        for recommendation in _recommend(model, backend, versions, installed.get(backend))
+        for (model, backend), versions in grouped(given).items()
+        for recommendation in _recommend(
+            model,
+            backend,
+            # A version that knows earlier files only has not proven this one.
+            {version: of_newest.get((model, backend), {}).get(version, []) for version in versions},
+            installed.get(backend),
+        )
     ]
 
 
 def _recommend(
     model: str, backend: str, versions: Mapping[str, Sequence[Record]], installed: str | None
 ) -> list[Recommendation]:
-    standings = {
-        version: standing(_of_newest_file(records)) for version, records in versions.items()
-    }
+    standings = {version: standing(records) for version, records in versions.items()}
     good = [version for version, found in standings.items() if found.verdict == "allow"]
     if installed is not None and installed not in standings:
         standings[installed] = standing([])
@@ -176,6 +195,7 @@ def _recommend(
                     latest=here.decisive,
                     passes=len(here.passes),
                     failures=here.failures,
+                    runtime_failures=len(here.crashes),
                     last_good_version=last_good,
                 ),
             )
@@ -214,21 +234,27 @@ def in_order(versions: Iterable[str]) -> list[str]:
     """Versions as PEP 440 orders them; if one of them is none, as they are given.
 
     What is given in the order of its first records falls back to time that way.
-    Versions that PEP 440 calls equal also stay as they are given.
+    Versions that PEP 440 calls equal also stay as they are given. No version at all, as
+    that of a backend that is not installed, is before any other.
     """
     given = list(versions)
     try:
-        parsed = {version: Version(version) for version in given}
+        parsed = {version: Version(version) for version in given if version}
     except ValueError:
         # InvalidVersion is one, and so is what a number of 5,000 digits raises.
         return given
-    return sorted(given, key=parsed.__getitem__)
+    known = sorted(filter(None, given), key=parsed.__getitem__)
+    return [*(version for version in given if not version), *known]
 
 
-def _of_newest_file(records: Sequence[Record]) -> list[Record]:
+def _newest_files(records: Iterable[Record]) -> dict[tuple[str, str], str]:
+    """The digest of the newest file of each model and backend, whatever the version."""
     # A release may be that of an older file, whose quarantine somebody cleared away.
-    newest = next((r.digest for r in reversed(records) if r.digest and r.event != "release"), None)
-    return [r for r in records if newest is None or r.digest in (None, newest)]
+    return {
+        (record.model, record.backend): record.digest
+        for record in records
+        if record.digest and record.event != "release"
+    }
 
 
 def _code(here: Standing) -> str | None:

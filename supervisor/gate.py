@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from protocol.errors import CodedError
+from protocol.errors import UNCOUNTED_LOAD_FAILURES, CodedError
 from supervisor import admission, compatibility, modelfiles
 from supervisor.accounts import AccountKey
 from supervisor.admission import BlockRule
@@ -17,6 +17,9 @@ from supervisor.modelfiles import ModelFiles
 from supervisor.registry import Registry
 from supervisor.runtimes import installed_backends
 from supervisor.settings import ModelSetting, Settings
+
+#: A backend that a load names may be anything; what is longer is none.
+MAX_BACKEND_CHARS = 64
 
 
 class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,17 +92,26 @@ class Gate:
         """Raises ``model_not_found``, ``model_incomplete`` or ``model_unsupported_backend``."""
         model_id = self.id_of(spec)
         configured = self._configured.get(model_id) or ModelSetting(path="")
-        files = await asyncio.to_thread(modelfiles.inspect, await self.locate(spec))
+        path = await self.locate(spec)
         installed = await self.installed()
         requested = spec.backend or configured.backend
-        failing = compatibility.failing(
-            self._registry.records, model=model_id, digest=files.digest, installed=installed
-        )
-        backend = admission.choose_backend(files.format, requested, installed, failing)
-        version = installed[backend]
-        assert version is not None
-        if not spec.allow_unsupported_runtime:
-            self._check_blocklist(model_id, files, backend, version)
+        files: ModelFiles | None = None
+        try:
+            files = await asyncio.to_thread(modelfiles.inspect, path)
+            failing = compatibility.failing(
+                self._registry.records, model=model_id, digest=files.digest, installed=installed
+            )
+            backend = admission.choose_backend(files.format, requested, installed, failing)
+            version = installed[backend]
+            assert version is not None
+            if not spec.allow_unsupported_runtime:
+                traits = files.traits(model_id)
+                admission.check_blocklist(self._blocklist, traits, backend, version)
+        except CodedError as refusal:
+            if refusal.code in UNCOUNTED_LOAD_FAILURES:
+                likely = await asyncio.to_thread(_likely_backend, path)
+                self._record(refusal, model_id, files, requested or likely, installed)
+            raise
         keep_alive = spec.keep_alive_sec
         return ModelSpec(
             model_id=model_id,
@@ -115,22 +127,35 @@ class Gate:
             ),
         )
 
-    def _check_blocklist(
-        self, model_id: str, files: ModelFiles, backend: str, version: str
+    def _record(
+        self,
+        refusal: CodedError,
+        model_id: str,
+        files: ModelFiles | None,
+        backend: str,
+        installed: Mapping[str, str | None],
     ) -> None:
-        rule = admission.find_block(self._blocklist, files.traits(model_id), backend, version)
-        if rule is None:
-            return
-        refusal: CodedError = admission.refuse_blocked(rule, backend, version)
+        """Remember a refusal that is about the model: what is known of the file and the
+        backend; an empty version is that of a backend that is not here."""
+        metadata: dict[str, object] = {"code": refusal.code, "refused": True}
+        if files is not None:
+            metadata["digest"] = files.digest
+            metadata["architecture"] = files.architecture
+            metadata["quantization"] = files.quantization
         self._registry.add(
             model=model_id,
-            backend=backend,
-            backend_version=version,
+            backend=backend[:MAX_BACKEND_CHARS],
+            backend_version=installed.get(backend) or "",
             outcome="fail",
             reason=refusal.message,
-            metadata={"code": refusal.code, "blocklisted": True},
+            metadata=metadata,
+            # Whoever asks again and again learns nothing, and must not push out what was learnt.
+            once=True,
         )
-        raise refusal
+
+
+def _likely_backend(path: Path) -> str:
+    return admission.BACKENDS_BY_FORMAT[modelfiles.format_of(path)][0]
 
 
 def _absolute(path: str) -> Path:

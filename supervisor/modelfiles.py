@@ -90,6 +90,13 @@ def _is_plain(model_id: str) -> bool:
     return bool(parts) and ".." not in parts and str(PurePosixPath(model_id)) == model_id
 
 
+def format_of(path: Path) -> str:
+    """What a model is by its look; its content may tell otherwise."""
+    if path.is_dir():
+        return "mlx"
+    return "simulated" if path.name.endswith(SIMULATED_SUFFIX) else "gguf"
+
+
 def inspect(path: Path) -> ModelFiles:
     """Read headers only. Raises ``model_not_found``, ``model_incomplete`` or
     ``model_unsupported_backend``."""

@@ -74,8 +74,12 @@ class Registry:
         outcome: Outcome,
         reason: str,
         metadata: dict[str, object],
+        once: bool = False,
     ) -> None:
-        """Remember one outcome; it reaches the disk in the background."""
+        """Remember one outcome; it reaches the disk in the background.
+
+        ``once``: in place of the newest record of the model, if that says the same.
+        """
         record = Record(
             model=model,
             backend=backend,
@@ -87,10 +91,13 @@ class Registry:
         )
         encoded = _encode(record)
         # Decoded again it is what the next start will read, and nobody else's to change.
-        self._records = [*self._records, msgspec.json.decode(encoded, type=Record)]
+        record = msgspec.json.decode(encoded, type=Record)
+        surplus = _newest_if_same(self._records, record) if once else None
+        self._records = [*self._records, record]
         self._encoded = [*self._encoded, encoded]
-        if len(self._records) > MAX_RECORDS:
+        if surplus is None and len(self._records) > MAX_RECORDS:
             surplus = _least_needed(self._records)
+        if surplus is not None:
             self._records.pop(surplus)
             self._encoded.pop(surplus)
         self._writer.save(_EncodedFile(records=self._encoded))
@@ -171,6 +178,15 @@ def _summarise(newest_first: Iterable[Record]) -> list[dict[str, object]]:
             }
         )
     return summary
+
+
+def _newest_if_same(records: Sequence[Record], record: Record) -> int | None:
+    """Where the newest record of the model is, if it differs from this one in time only."""
+    for index in reversed(range(len(records))):
+        if records[index].model == record.model:
+            found = msgspec.structs.replace(records[index], timestamp=record.timestamp)
+            return index if found == record else None
+    return None
 
 
 def _least_needed(records: Sequence[Record]) -> int:

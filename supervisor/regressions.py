@@ -10,6 +10,11 @@ which this file is allowed, newest first; the first that was better is its last 
 
 ``fails``
     The newest outcome is a failure.
+``crashes``
+    It passes its canaries and fails in service: at least ``CRASHES_ENOUGH`` times, and
+    more than ``MORE_CRASHES`` times as often for each pass, that is for each time it went
+    into service, as on the earlier version. Half a failure and half a pass are added to
+    the earlier ones, since a few passes prove little.
 ``output_changed``
     The earlier version gave one greedy output, always, and none of the newer
     version's passes gave it. An output that varies within the earlier version proves
@@ -34,28 +39,33 @@ import msgspec
 
 from supervisor.compatibility import Record, Standing, grouped, standing
 
-Kind = Literal["fails", "output_changed", "slower"]
-KINDS: tuple[Kind, ...] = ("fails", "output_changed", "slower")
+Kind = Literal["fails", "crashes", "output_changed", "slower"]
+KINDS: tuple[Kind, ...] = ("fails", "crashes", "output_changed", "slower")
 
 SAMPLES = 10
 ENOUGH = 3
 SLOWER_TOKENS, FEW_SLOWER_TOKENS = 0.7, 0.5
 SLOWER_FIRST_TOKEN, FEW_SLOWER_FIRST_TOKEN = 1.5, 2.0
 FIRST_TOKEN_FLOOR_S = 0.05
+CRASHES_ENOUGH = 3
+MORE_CRASHES = 2.0
 
 #: No rate and no duration in seconds is larger; what is, is not one.
 _LARGEST = 1e9
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
-    """One version of a comparison: its newest record that speaks for the finding, and
-    the medians of its ``samples`` comparable passes (None without any)."""
+    """One version of a comparison: its newest record that speaks for the finding, the
+    medians of its ``samples`` comparable passes (None without any), and how often it
+    passed and then failed in service."""
 
     backend_version: str
     record: Record
     tokens_per_s: float | None
     time_to_first_token_s: float | None
     samples: int
+    passes: int = msgspec.field(name="pass")
+    runtime_failures: int
 
 
 class Regression(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,6 +155,8 @@ class _Pair:
         match kind:
             case "fails":
                 return self._fails()
+            case "crashes":
+                return self._crashes()
             case "output_changed":
                 return self._output_changed()
             case "slower":
@@ -152,8 +164,10 @@ class _Pair:
 
     def side(self, version: _Version, kind: Kind) -> Side:
         passes = self._passes[version.version]
-        latest = version.standing.latest
-        record = latest if kind == "fails" or not passes else passes[-1]
+        here = version.standing
+        record = here.latest if kind == "fails" or not passes else passes[-1]
+        if kind == "crashes" and here.crashes:
+            record = here.crashes[-1]
         assert record is not None  # A finding rests on outcomes of both sides.
         return Side(
             backend_version=version.version,
@@ -161,6 +175,8 @@ class _Pair:
             tokens_per_s=_median(passes, "tokens_per_s"),
             time_to_first_token_s=_median(passes, "time_to_first_token_s"),
             samples=len(passes),
+            passes=len(here.passes),
+            runtime_failures=len(here.crashes),
         )
 
     def _fails(self) -> str | None:
@@ -168,6 +184,19 @@ class _Pair:
         if latest is None or latest.outcome != "fail":
             return None
         return f"passed on {self.before.version}, fails on {self.after.version}: {latest.reason}"
+
+    def _crashes(self) -> str | None:
+        before, after = self.before.standing, self.after.standing
+        if len(after.crashes) < CRASHES_ENOUGH:
+            return None
+        assumed = (len(before.crashes) + 0.5) / (len(before.passes) + 0.5)
+        if len(after.crashes) <= MORE_CRASHES * assumed * len(after.passes):
+            return None
+        return (
+            f"failed in service {len(after.crashes)} times in {len(after.passes)} runs, "
+            f"was {len(before.crashes)} in {len(before.passes)} on {self.before.version}; "
+            f"the last time: {after.crashes[-1].reason}"
+        )
 
     def _output_changed(self) -> str | None:
         before, after = (

@@ -36,7 +36,7 @@ class Resting:
                 record.model, record.digest, record.backend, record.backend_version
             )
             for record in records
-            if record.event is None and record.digest is not None
+            if record.digest is not None and (record.outcome == "pass" or record.text("kind"))
         }
 
     def admitted(self, key: AccountKey) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import CodedError, ErrorCode
-from supervisor.admission import BlockRule, choose_backend, find_block, refuse_blocked
+from supervisor.admission import BlockRule, check_blocklist, choose_backend, find_block
 from supervisor.blocklist import OPERATOR_FILE, BlocklistError, load_blocklist
 
 INSTALLED = {"mlx": "0.32.2", "llama": "0.3.36", "simulated": None}
@@ -72,7 +72,10 @@ def test_a_rule_without_versions_is_for_all() -> None:
 
 
 def test_the_refusal_tells_the_reason_and_the_way_out() -> None:
-    refusal = refuse_blocked(RULE, "mlx", "0.32.2")
+    check_blocklist([RULE], TRAITS, "mlx", "0.33")
+    with pytest.raises(CodedError) as raised:
+        check_blocklist([RULE], TRAITS, "mlx", "0.32.2")
+    refusal = raised.value
     assert refusal.code is ErrorCode.MODEL_UNSUPPORTED_BACKEND
     assert RULE.reason in refusal.message
     assert "allow_unsupported_runtime" in refusal.message

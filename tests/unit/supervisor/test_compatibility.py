@@ -135,6 +135,32 @@ def test_another_file_is_another_matter() -> None:
     assert only([record(digest="old"), record("fail", digest="new")]).evidence.passes == 0
 
 
+def test_the_newest_file_is_the_same_for_all_versions() -> None:
+    """What an earlier version did with another file says nothing about this one."""
+    records = [record(version="0.9", digest="old"), record("fail", "0.10", digest="new")]
+    earlier, later = recommendations(records, {"llama": "0.10"})
+    assert (earlier.backend_version, earlier.verdict) == ("0.9", "unproven")
+    assert earlier.evidence.passes == 0
+    assert later.verdict == "deny"
+    assert later.evidence.last_good_version is None
+    again = [*records, record(version="0.9", digest="new")]
+    assert verdicts(again, "0.10") == {"0.9": "allow", "0.10": "deny"}
+    # A pass of the old file once more makes it the newest.
+    assert verdicts([*again, record(version="0.9", digest="old")], "0.10") == {
+        "0.9": "allow",
+        "0.10": "unproven",
+    }
+
+
+def test_failures_in_service_are_counted_apart() -> None:
+    crashed = record("fail", code="model_crashed")
+    found = only([record(), crashed, record(), record("fail", code="model_loader_crashed")])
+    assert (found.evidence.failures, found.evidence.runtime_failures) == (2, 1)
+    # A pass after the respawn allows it again, and does not hide them.
+    found = only([record(), crashed, record()])
+    assert (found.verdict, found.evidence.runtime_failures) == ("allow", 1)
+
+
 def test_a_refusal_that_names_no_file_is_about_all() -> None:
     assert only([record(), record("fail", digest=None, code="blocked")]).verdict == "deny"
 
@@ -152,6 +178,7 @@ def test_events_of_a_later_version_change_nothing() -> None:
         (["1.0", "1.0rc1", "1.0.dev3"], ["1.0.dev3", "1.0rc1", "1.0"]),
         (["0.10", "nightly", "0.9"], ["0.10", "nightly", "0.9"]),
         (["1.0", "1"], ["1.0", "1"]),
+        (["0.10", "", "0.9"], ["", "0.9", "0.10"]),
         (["9" * 5000, "1"], ["9" * 5000, "1"]),
         ([], []),
     ],

@@ -207,3 +207,47 @@ def test_each_way_of_being_worse_is_told() -> None:
 def test_measurements_that_are_none_are_left_out(value: object) -> None:
     odd = passed("2", tokens_per_s=value, time_to_first_token_s=value)
     assert found(passed("1"), odd) == []
+
+
+# --- failures in service ---
+
+
+def served(version: str, passes: int, crashes: int) -> list[Record]:
+    """So many runs, the last of them still in service, so many of which ended in a failure."""
+    return [failed(version)] * crashes + [passed(version)] * passes
+
+
+def test_a_version_that_passes_and_fails_in_service() -> None:
+    """Each respawn's canary passes: it is allowed, and worse all the same."""
+    before, after = served("1", passes=4, crashes=0), served("2", passes=6, crashes=5)
+    (regression,) = found(*before, *after, installed="2")
+    assert (regression.kind, regression.last_good_version) == ("crashes", "1")
+    assert regression.reason == (
+        "failed in service 5 times in 6 runs, was 0 in 4 on 1; the last time: segfault"
+    )
+    assert regression.after.record.reason == "segfault"
+    assert regression.before.record.outcome == "pass"
+    assert (regression.after.passes, regression.after.runtime_failures) == (6, 5)
+    assert (regression.before.passes, regression.before.runtime_failures) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "worse"),
+    [
+        # One quiet run of the earlier version, for weeks perhaps.
+        ((1, 0), (4, 3), True),
+        ((1, 0), (3, 2), False),
+        ((1, 0), (30, 3), False),
+        ((50, 0), (30, 3), True),
+        # It was no better before.
+        ((10, 5), (10, 9), False),
+        ((10, 3), (10, 6), False),
+        ((10, 3), (10, 7), True),
+        ((10, 9), (4, 3), False),
+    ],
+)
+def test_markedly_more_failures_in_service(
+    before: tuple[int, int], after: tuple[int, int], worse: bool
+) -> None:
+    regressed = kinds(*served("1", *before), *served("2", *after))
+    assert regressed == ([("crashes", "1", "2")] if worse else [])
