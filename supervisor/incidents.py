@@ -95,8 +95,12 @@ class Fingerprints:
         path = home / KEY_FILE
         try:
             self._key = path.read_bytes()[:64]
-        except OSError:
+        except FileNotFoundError:
             self._key = b""
+        except OSError as error:
+            # It may be a good one: this run has another, and leaves it alone.
+            log.warning("cannot read %s: %s", path, error)
+            self._key = secrets.token_bytes(32)
         if len(self._key) < 32:
             self._key = secrets.token_bytes(32)
             try:

@@ -45,7 +45,12 @@ def open_state(
             *(later, found, schema_version, path.name),
         )
     sweep(path.parent, _temporary_prefix(path))
-    return read(path, kind, schema_version=schema_version), BackgroundWriter(path)
+    writer = BackgroundWriter(path)
+    try:
+        return _decode(path, kind, schema_version), writer
+    except Unreadable as error:
+        writer.set_aside_first = not _try_to_set_aside(path, error)
+        return None, writer
 
 
 def sweep(folder: Path, prefix: str = ".") -> None:
@@ -99,20 +104,27 @@ def read(path: Path, kind: type[T], *, schema_version: int) -> T | None:
     later program's file and equally set aside, unless ``open_state`` is used.
     """
     try:
+        return _decode(path, kind, schema_version)
+    except Unreadable as error:
+        _try_to_set_aside(path, error)
+        return None
+
+
+def _decode(path: Path, kind: type[T], schema_version: int) -> T | None:
+    """Raises ``Unreadable``; None when there is no file."""
+    try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        _set_aside(path, error)
-        return None
+        raise Unreadable(error) from error
     try:
         found = msgspec.json.decode(content, type=_Versioned).schema_version
         if found > schema_version:
             raise Unreadable(f"schema version {found}, this program knows {schema_version}")
         return msgspec.json.decode(content, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, Unreadable) as error:
-        _set_aside(path, error)
-        return None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Unreadable(error) from error
 
 
 def _temporary_prefix(path: Path) -> str:
@@ -123,14 +135,24 @@ class _Versioned(msgspec.Struct):
     schema_version: int
 
 
-def _set_aside(path: Path, error: Exception) -> None:
-    aside = path.with_name(f"{path.name}.unreadable-{time.time_ns()}")
+def _try_to_set_aside(path: Path, error: Exception) -> bool:
     try:
-        path.rename(aside)
+        aside = _set_aside(path)
     except OSError as failure:
-        log.error("%s is unreadable (%s) and cannot be set aside: %s", path, error, failure)
-    else:
-        log.error("%s is unreadable (%s); set aside as %s", path, error, aside.name)
+        log.error(
+            "%s is unreadable (%s) and cannot be set aside: %s; it stays as it is, and "
+            "nothing is written in its place",
+            *(path, error, failure),
+        )
+        return False
+    log.error("%s is unreadable (%s); set aside as %s", path, error, aside.name)
+    return True
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.unreadable-{time.time_ns()}")
+    path.rename(aside)
+    return aside
 
 
 def _sync_folder(folder: Path) -> None:
@@ -147,9 +169,13 @@ class BackgroundWriter:
 
     A save that arrives during a write replaces the one that waits. A failed write
     is logged and tried again with the next save and the next flush.
+
+    ``set_aside_first``: there is a file that nobody could read. It may be a good one,
+    so nothing is written before it has been renamed.
     """
 
     def __init__(self, path: Path) -> None:
+        self.set_aside_first = False
         self._path = path
         self._next: object | None = None
         self._unwritten: object | None = None
@@ -175,8 +201,15 @@ class BackgroundWriter:
         while (content := self._next) is not None:
             self._next = self._unwritten = None
             try:
-                await asyncio.to_thread(write, self._path, content)
+                await asyncio.to_thread(self._write_now, content)
             except Exception as error:
                 # Also of the content: whoever waits for the flush has others to wait for.
                 self._unwritten = content
                 log.error("cannot write %s: %s", self._path, error)
+
+    def _write_now(self, content: object) -> None:
+        if self.set_aside_first:
+            with contextlib.suppress(FileNotFoundError):
+                log.error("%s is set aside as %s", self._path, _set_aside(self._path).name)
+            self.set_aside_first = False
+        write(self._path, content)

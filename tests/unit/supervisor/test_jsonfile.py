@@ -121,6 +121,35 @@ async def test_content_that_cannot_be_encoded_harms_nobody(
     assert read(path) == Notes(notes=["whole"])
 
 
+async def test_what_could_not_be_read_is_never_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be a good file, behind a disk in trouble that refuses renames as well."""
+    path = tmp_path / "notes.json"
+    jsonfile.write(path, Notes(notes=["good"]))
+    good = path.read_bytes()
+
+    def trouble(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "read_bytes", trouble)
+        disk.setattr(Path, "rename", trouble)
+        content, writer = jsonfile.open_state(path, Notes, schema_version=1)
+        assert content is None
+        assert "cannot be set aside" in caplog.text
+        writer.save(Notes(notes=["new"]))
+        await writer.flush()
+        assert "cannot write" in caplog.text
+    assert path.read_bytes() == good
+    # Once it can be renamed, there is a place for what is new.
+    writer.save(Notes(notes=["newer"]))
+    await writer.flush()
+    assert read(path) == Notes(notes=["newer"])
+    (aside,) = tmp_path.glob("*.unreadable-*")
+    assert aside.read_bytes() == good
+
+
 # --- state files of a later version ---
 
 LATER = b'{"schema_version": 2, "notes": {"of": "another kind"}}'
