@@ -14,10 +14,13 @@ from typing import Literal, Protocol
 import msgspec
 
 from supervisor import jsonfile
-from supervisor.quarantine import Account
+from supervisor.quarantine import Account, Policy, brief, is_settled
 
 FILE_NAME = "failure-accounts.json"
 SCHEMA_VERSION = 1
+
+#: Accounts kept; the longest without a failure go first, quarantined ones last.
+MAX_ACCOUNTS = 1000
 
 
 class AccountKey(msgspec.Struct, frozen=True):
@@ -61,16 +64,22 @@ class _File(msgspec.Struct, kw_only=True):
 
 
 class AccountStore:
-    """All accounts of this home. ``monotonic`` and ``wall`` are clocks in seconds."""
+    """All accounts of this home that hold anything.
+
+    ``policy`` says which failures are over. ``monotonic`` and ``wall`` are clocks in
+    seconds.
+    """
 
     def __init__(
         self,
         home: Path,
+        policy: Policy | None = None,
         *,
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         on_turn: ReportTurn | None = None,
     ) -> None:
+        self._policy = policy or Policy()
         self._monotonic = monotonic
         self._wall = wall
         self._on_turn = on_turn
@@ -79,6 +88,7 @@ class AccountStore:
         )
         entries = file.accounts if file is not None else []
         self._accounts = {entry.key: self._from_disk(entry) for entry in entries}
+        self._prune()
 
     def get(self, key: AccountKey) -> Account:
         """The account of ``key``, empty for one that never failed."""
@@ -95,6 +105,7 @@ class AccountStore:
         if account == before:
             return
         self._accounts[key] = account
+        self._prune()
         entries = [self._to_disk(k, a) for k, a in self._accounts.items()]
         self._writer.save(_File(accounts=entries))
         if account.quarantined and account.quarantines > before.quarantines:
@@ -113,6 +124,17 @@ class AccountStore:
     async def flush(self) -> None:
         """Wait for the pending write."""
         await self._writer.flush()
+
+    def _prune(self) -> None:
+        """Forget what says no more than an empty account."""
+        now = self._monotonic()
+        kept = {k: a for k, a in self._accounts.items() if not is_settled(a, self._policy, now)}
+        surplus = len(kept) - MAX_ACCOUNTS
+        if surplus > 0:
+            by_need = sorted(kept, key=lambda k: (kept[k].quarantined, kept[k].times[-1:]))
+            for key in by_need[:surplus]:
+                del kept[key]
+        self._accounts = kept
 
     def _report(
         self, key: AccountKey, event: Literal["quarantine", "release"], reason: str
@@ -136,7 +158,7 @@ class AccountStore:
             healthy_s=entry.healthy_s,
             quarantined=entry.quarantined,
             quarantines=entry.quarantines,
-            last_reason=entry.last_reason,
+            last_reason=brief(entry.last_reason),
         )
 
     def _to_disk(self, key: AccountKey, account: Account) -> _Entry:

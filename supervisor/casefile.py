@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import signal
 import time
 from collections import deque
@@ -10,7 +12,7 @@ from importlib import metadata
 
 import msgspec
 
-from protocol.messages import Phase
+from protocol.messages import PROTOCOL_VERSION
 from supervisor.incidents import (
     OUTPUT_BYTES,
     Incident,
@@ -22,6 +24,10 @@ from supervisor.incidents import (
 
 #: Looked up once: it reads the disk, which a server in trouble may not be able to.
 SERVER_VERSION = metadata.version("opta-lmx")
+
+#: Workers run with the same interpreter.
+PYTHON_VERSION = platform.python_version()
+PLATFORM = " ".join((os.uname().sysname, os.uname().release, os.uname().machine))
 
 #: Memory samples kept: the minutes before a failure, at one a second.
 MAX_SAMPLES = 240
@@ -51,7 +57,7 @@ class CaseFile:
     def open(
         self,
         *,
-        phase: Phase,
+        phase: str,
         kind: str,
         code: str,
         reason: str,
@@ -77,6 +83,9 @@ class CaseFile:
             backend=self._backend,
             backend_version=self._backend_version,
             server_version=SERVER_VERSION,
+            protocol_version=PROTOCOL_VERSION,
+            python_version=PYTHON_VERSION,
+            platform=PLATFORM,
             output_tail=output[-OUTPUT_BYTES:],
             stacks=stacks_in(output)[-OUTPUT_BYTES:],
             memory=list(self._memory),

@@ -30,6 +30,11 @@ SCHEMA_VERSION = 1
 MAX_INCIDENTS = 200
 OUTPUT_BYTES = 16 * 1024
 
+#: Not at the start of a line: whatever the worker was writing may not have ended one.
+_STACKS = re.compile(
+    r"Fatal Python error: |(?:Current thread|Thread) 0x[0-9a-f]+[^\n]*\(most recent call first\)"
+)
+
 _ID = re.compile(r"[0-9TZ]+-[0-9a-f]{8}")
 
 
@@ -48,7 +53,8 @@ class MemorySample(msgspec.Struct, frozen=True):
 class Incident(msgspec.Struct, frozen=True, kw_only=True):
     """One counted failure. Times are epoch seconds.
 
-    ``kind`` is how it failed, ``code`` what clients were told; ``exit_status`` is
+    ``kind`` is how it failed, ``code`` what clients were told. ``phase`` is one of the
+    worker's, or ``canary`` while the model was on trial. ``exit_status`` is
     negative for a signal, whose name is ``signal``. ``stacks`` are the worker's Python
     stacks, when it could still write them. ``in_flight`` are request fingerprints.
     """
@@ -67,6 +73,9 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     backend_version: str
     server_version: str
+    protocol_version: int = 0
+    python_version: str = ""
+    platform: str = ""
     exit_status: int | None = None
     signal: str | None = None
     output_tail: str = ""
@@ -77,14 +86,14 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def new_id(now: float) -> str:
-    """Sorts by time; the rest keeps two of the same second apart."""
+    """Begins with the time; the rest keeps two of the same second apart."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     return f"{stamp}-{secrets.token_hex(4)}"
 
 
 def stacks_in(output: str) -> str:
     """The part of a worker's output that faulthandler wrote, if it did."""
-    found = re.search(r"^(Fatal Python error|(Current thread|Thread) 0x)", output, re.MULTILINE)
+    found = _STACKS.search(output)
     return output[found.start() :] if found else ""
 
 
@@ -130,12 +139,15 @@ class IncidentStore:
         self._surplus: list[str] = []
         self._writer: asyncio.Task[None] | None = None
         jsonfile.sweep(self._folder)
-        for path in sorted(self._folder.glob("*.json")):
-            if jsonfile.is_later(path, SCHEMA_VERSION):
-                continue
-            found = jsonfile.read(path, Incident, schema_version=SCHEMA_VERSION)
-            if found is not None:
-                self._incidents[found.id] = found
+        found = [
+            incident
+            for path in self._folder.glob("*.json")
+            if not jsonfile.is_later(path, SCHEMA_VERSION)
+            and (incident := jsonfile.read(path, Incident, schema_version=SCHEMA_VERSION))
+        ]
+        # Not by id, which is random within a second.
+        for incident in sorted(found, key=lambda each: (each.timestamp, each.id)):
+            self._incidents[incident.id] = incident
 
     def put(self, incident: Incident) -> None:
         """Keep a record, or a more complete version of it."""

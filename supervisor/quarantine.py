@@ -9,6 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+#: Longest account of a failure. A backend's own words may be megabytes, and go into
+#: answers, accounts, incidents and the registry.
+MAX_REASON_CHARS = 500
+
+
+def brief(reason: str) -> str:
+    """The reason, cut if it is too long."""
+    return reason if len(reason) <= MAX_REASON_CHARS else reason[: MAX_REASON_CHARS - 2] + " …"
+
 
 class FailureKind(StrEnum):
     """What went wrong. Every kind counts; what must not count never becomes one."""
@@ -62,6 +71,16 @@ class Account:
 def count_in_window(account: Account, policy: Policy, now: float) -> int:
     """Counted failures now in the window."""
     return sum(1 for time in account.times if now - time < policy.window_s)
+
+
+def is_settled(account: Account, policy: Policy, now: float) -> bool:
+    """Whether nothing of what was counted makes a difference any more."""
+    return not (
+        account.quarantined
+        or account.level
+        or account.streak
+        or count_in_window(account, policy, now)
+    )
 
 
 def record_routable(account: Account) -> Account:

@@ -57,7 +57,8 @@ class Recorder:
         crash_count: int,
     ) -> None:
         """A failure or a refusal; one that counts makes an incident."""
-        if failure.code is ErrorCode.MODEL_CANARY_FAILED:
+        on_trial = failure.code is ErrorCode.MODEL_CANARY_FAILED
+        if on_trial:
             self._metrics.canary_ended(self._spec.model_id, "fail")
         metadata: dict[str, object] = {"code": failure.code, "kind": failure.kind}
         if generation is not None:
@@ -67,7 +68,8 @@ class Recorder:
             self._metrics.worker_failed(self._spec.model_id, failure.kind)
         if failure.kind is not None and generation is not None:
             incident = generation.case.open(
-                phase=generation.phase,
+                # The canary is a request like any other for the worker.
+                phase="canary" if on_trial else generation.phase,
                 kind=failure.kind,
                 code=failure.code,
                 reason=failure.reason,

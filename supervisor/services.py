@@ -51,16 +51,17 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
     """Read the state of ``settings.home``, whose lock the caller holds."""
     home = settings.home
     registry = Registry(home)
+    policy = Policy(
+        threshold=settings.failure_threshold,
+        window_s=settings.failure_window_s,
+        delay_cap_s=settings.restart_delay_cap_s,
+        decay_s=settings.failure_window_s,
+    )
     return Services(
         settings=settings,
-        policy=Policy(
-            threshold=settings.failure_threshold,
-            window_s=settings.failure_window_s,
-            delay_cap_s=settings.restart_delay_cap_s,
-            decay_s=settings.failure_window_s,
-        ),
+        policy=policy,
         registry=registry,
-        accounts=AccountStore(home, on_turn=registry.add_event),
+        accounts=AccountStore(home, policy, on_turn=registry.add_event),
         incidents=IncidentStore(home),
         fingerprints=Fingerprints(home),
         ledger=WorkerLedger(home),

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.errors import ErrorCode
-from supervisor.quarantine import Account, FailureKind
+from supervisor.quarantine import Account, FailureKind, brief
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Somebody gave a reason, of whatever length; a bounded one goes on from here."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", brief(self.reason))  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +30,7 @@ class WorkerSpawned:
 
 
 @dataclass(frozen=True, slots=True)
-class SpawnFailed:
+class SpawnFailed(_Told):
     """No process could be made: our own trouble, never the model's."""
 
     generation: int
@@ -40,7 +48,7 @@ class CanaryPassed:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadRefused:
+class LoadRefused(_Told):
     """The worker named a cause that says nothing about the model's behaviour."""
 
     generation: int
@@ -49,7 +57,7 @@ class LoadRefused:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerFailed:
+class WorkerFailed(_Told):
     """A failure of a live worker, which has to be stopped for it. ``jitter`` is 0..1."""
 
     generation: int
@@ -59,7 +67,7 @@ class WorkerFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerExited:
+class WorkerExited(_Told):
     """The process is gone. A failure in itself unless one was counted or asked for."""
 
     generation: int
@@ -81,7 +89,7 @@ class ProbationServed:
 
 
 @dataclass(frozen=True, slots=True)
-class UnloadRequested:
+class UnloadRequested(_Told):
     """``code`` and ``reason`` are for those who wait for the model."""
 
     code: ErrorCode = ErrorCode.MODEL_UNLOADED

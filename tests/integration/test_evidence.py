@@ -101,9 +101,32 @@ def test_explain_tells_what_happened_and_what_to_do(server: Server, models_dir: 
         [sys.executable, "-m", "supervisor.cli", "explain", "unsound", "--url", server.url],
         text=True,
     )
+    incidents = server.http.get("/admin/incidents", params={"model": "unsound"}).json()["incidents"]
+    assert [(i["kind"], i["phase"]) for i in incidents] == [("canary", "canary")] * 3
     assert "unsound is quarantined since" in told
     assert "repeats itself" in told
     assert "opta-lmx release unsound" in told
+
+
+def test_a_crash_under_the_canary_is_in_the_canary(server: Server, models_dir: Path) -> None:
+    write_script(
+        models_dir,
+        "at-trial",
+        faults=[{"at": "token", "n": 2, "kind": "segfault", "times": 1}],
+    )
+    server.load("at-trial")
+    server.await_state("at-trial", "routable", generation=2)
+    (incident,) = server.http.get("/admin/incidents?model=at-trial").json()["incidents"]
+    assert (incident["kind"], incident["phase"]) == ("signal", "canary")
+
+
+def test_what_a_backend_says_at_length_is_cut(server: Server, models_dir: Path) -> None:
+    """A load that is refused with all of an unreadable script in the message."""
+    name = "talkative"
+    (models_dir / f"{name}.sim.json").write_text(json.dumps({"x" * 100_000: 1}))
+    answer = server.load(name)
+    assert answer.json()["error"]["code"] == "model_incomplete"
+    assert len(answer.text) < 2000
 
 
 def test_what_a_killed_server_left_is_swept_at_the_next_start(tmp_path: Path) -> None:

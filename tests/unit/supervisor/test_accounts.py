@@ -1,11 +1,13 @@
 """Failure accounts: a restart of the supervisor is no amnesty."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from supervisor import accounts as accounts_module
 from supervisor.accounts import AccountKey, AccountStore
 from supervisor.quarantine import Account, Policy, count_in_window, release
 
@@ -113,3 +115,39 @@ async def test_an_account_that_has_not_changed_is_not_written(tmp_path: Path) ->
     accounts.put(KEY, Account())
     await accounts.flush()
     assert not list(tmp_path.iterdir())
+
+
+async def test_what_holds_nothing_any_more_is_forgotten(tmp_path: Path) -> None:
+    before = store(tmp_path, monotonic=1000, wall=50_000)
+    over, failed_late, slowed, other = (
+        AccountKey(name, "d", "llama", "1") for name in ("over", "late", "slowed", "other")
+    )
+    before.put(over, Account(times=(900,), level=0, last_reason="once"))
+    before.put(failed_late, Account(times=(999,), level=0))
+    before.put(slowed, Account(times=(1,), level=1))
+    before.put(KEY, Account(times=(1,), level=1, quarantined=True))
+    await before.flush()
+    after = store(tmp_path, monotonic=1000, wall=50_590)
+    after.put(other, Account(level=1))
+    await after.flush()
+    kept = json.loads((tmp_path / "failure-accounts.json").read_bytes())["accounts"]
+    assert [entry["key"]["model"] for entry in kept] == ["late", "slowed", "m", "other"]
+    assert after.get(over) == Account()
+
+
+async def test_the_number_of_accounts_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts_module, "MAX_ACCOUNTS", 3)
+    accounts = store(tmp_path, monotonic=1000, wall=50_000)
+    accounts.put(KEY, Account(times=(1,), level=1, quarantined=True))
+    for number in range(5):
+        key = AccountKey(f"m{number}", "d", "llama", "1")
+        accounts.put(key, Account(times=(500.0 + number,), level=1))
+    await accounts.flush()
+    again = store(tmp_path, monotonic=1000, wall=50_000)
+    assert [again.get(AccountKey(f"m{n}", "d", "llama", "1")).level for n in range(5)] == [
+        *(0, 0, 0),
+        *(1, 1),
+    ]
+    assert again.get(KEY).quarantined

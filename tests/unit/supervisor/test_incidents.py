@@ -1,11 +1,15 @@
 """Incident records: kept, bounded, and silent about what requests say."""
 
+import errno
+import json
+import platform
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from protocol.chat import ChatMessage
-from protocol.messages import Generate, Phase, Priority, Sampling
+from protocol.messages import PROTOCOL_VERSION, Generate, Phase, Priority, Sampling
 from supervisor import incidents as incidents_module
 from supervisor.casefile import CaseFile
 from supervisor.incidents import Fingerprints, Incident, IncidentStore, stacks_in
@@ -68,6 +72,20 @@ def test_output_without_stacks_has_none() -> None:
     assert stacks_in("just words\nThread of thought 0x\n") == ""
 
 
+@pytest.mark.parametrize("said", ["", "loading 40% ", "words\nmore", "\x00\ufffd"])
+def test_stacks_are_found_behind_whatever_was_being_written(said: str) -> None:
+    assert stacks_in(said + STACKS) == STACKS
+    dumped = "Thread 0x00007f [worker] (most recent call first):\n  File ..."
+    assert stacks_in(said + dumped) == dumped
+
+
+def test_an_incident_names_the_versions_of_what_ran() -> None:
+    incident = opened(case())
+    assert incident.python_version == platform.python_version()
+    assert incident.protocol_version == PROTOCOL_VERSION
+    assert platform.machine() in incident.platform
+
+
 async def test_records_survive_a_restart_newest_first(tmp_path: Path) -> None:
     store = IncidentStore(tmp_path)
     first, second, other = opened(case()), opened(case()), opened(case("other"))
@@ -79,6 +97,31 @@ async def test_records_survive_a_restart_newest_first(tmp_path: Path) -> None:
     assert {i.id for i in again.list(model="m")} == {first.id, second.id}
     assert again.get(first.id) == first
     assert again.get("nothing") is None
+
+
+async def test_those_of_one_second_keep_their_order(tmp_path: Path) -> None:
+    store = IncidentStore(tmp_path)
+    for number in (3, 1, 0, 2):
+        # As made within one second: the later, the smaller the random part.
+        name = f"20260101T000000Z-0000000{9 - number}"
+        incident = msgspec.structs.replace(opened(case()), id=name, timestamp=100 + number / 10)
+        store.put(incident)
+    await store.flush()
+    times = [incident.timestamp for incident in IncidentStore(tmp_path).list()]
+    assert times == [100.3, 100.2, 100.1, 100.0]
+
+
+async def test_records_of_before_have_no_versions(tmp_path: Path) -> None:
+    store = IncidentStore(tmp_path)
+    store.put(opened(case()))
+    await store.flush()
+    (path,) = (tmp_path / "incidents").iterdir()
+    older = json.loads(path.read_bytes())
+    for name in ("python_version", "platform", "protocol_version"):
+        del older[name]
+    path.write_text(json.dumps(older))
+    (incident,) = IncidentStore(tmp_path).list()
+    assert incident.python_version == ""
 
 
 async def test_the_complete_version_is_the_one_on_disk(tmp_path: Path) -> None:
@@ -141,3 +184,18 @@ def test_fingerprints_tell_requests_apart_and_not_what_they_say(tmp_path: Path) 
     elsewhere.mkdir()
     assert Fingerprints(elsewhere).of("m", request) != prints.of("m", request)
     assert (tmp_path / "fingerprint.key").stat().st_mode & 0o077 == 0
+
+
+def test_a_key_that_cannot_be_read_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Generate(1, prompt="x")
+    before = Fingerprints(tmp_path).of("m", request)
+    with monkeypatch.context() as disk:
+
+        def trouble(_: Path) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        disk.setattr(Path, "read_bytes", trouble)
+        assert Fingerprints(tmp_path).of("m", request) != before
+    assert Fingerprints(tmp_path).of("m", request) == before

@@ -7,7 +7,7 @@ import pytest
 from protocol.errors import ErrorCode
 from supervisor import lifecycle as lc
 from supervisor.lifecycle import Command, Event, Readiness, State, transition
-from supervisor.quarantine import Account, FailureKind, Policy
+from supervisor.quarantine import MAX_REASON_CHARS, Account, FailureKind, Policy
 
 POLICY = Policy(threshold=3, window_s=600, delay_cap_s=60, decay_s=600)
 ACCEPT = lc.LoadAccepted(Account())
@@ -265,6 +265,23 @@ def test_an_isolated_failure_long_after_others_does_not_quarantine() -> None:
     machine(lc.LoadAccepted(save.account), lc.WorkerSpawned(1), exited(1))
     assert machine.readiness() is Readiness.LOADING
     assert machine.command(lc.ScheduleRestart) == lc.ScheduleRestart(1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        lc.WorkerFailed(1, FailureKind.BACKEND_EXCEPTION, "x" * 10**6),
+        lc.WorkerExited(1, FailureKind.EXIT, "x" * 10**6),
+        lc.LoadRefused(1, ErrorCode.MODEL_INCOMPLETE, "x" * 10**6),
+        lc.UnloadRequested(reason="x" * 10**6),
+    ],
+)
+def test_what_a_backend_says_is_bounded_from_here_on(event: Event) -> None:
+    machine = loading()(event)
+    assert len(machine.state.reason) <= MAX_REASON_CHARS
+    assert len(machine.state.account.last_reason) <= MAX_REASON_CHARS
+    for command in machine.commands:
+        assert len(getattr(command, "reason", "")) <= MAX_REASON_CHARS
 
 
 def test_an_unload_itself_decays_nothing() -> None:
