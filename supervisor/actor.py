@@ -102,8 +102,13 @@ class Actor:
         if self.state.readiness is Readiness.ROUTABLE:
             return self.readiness()
         if self.state.readiness is Readiness.QUARANTINED:
-            raise status.unstable(self.spec.model_id, self.state.reason)
+            raise self.unstable()
         return await self._load_waiters.wait()
+
+    def unstable(self) -> CodedError:
+        """The refusal while it is quarantined."""
+        incident_id = self._recorder.last_incident_id
+        return status.unstable(self.spec.model_id, self.state.reason, incident_id)
 
     async def changed(self) -> None:
         """Wait for the next transition."""
@@ -124,7 +129,8 @@ class Actor:
 
     def submit(self, request: Generate, *, streaming: bool) -> RequestStream:
         """See ``Fleet.submit``."""
-        status.require_routable(self.spec.model_id, self.state)
+        incident_id = self._recorder.last_incident_id
+        status.require_routable(self.spec.model_id, self.state, incident_id)
         in_hand, limit = len(self._requests), self._services.settings.max_queue
         if self.state.probation:
             limit = 1
@@ -293,10 +299,10 @@ class Actor:
                 self._requests.resume()
             case lifecycle.ParkRequests():
                 self._lose_worker()
-                self._requests.park(self._crash_error(ErrorCode.MODEL_CRASHED, command.reason))
+                self._requests.park(self._error(ErrorCode.MODEL_CRASHED, command.reason))
             case lifecycle.FailRequests():
                 self._lose_worker()
-                self._requests.fail_all(self._crash_error(command.code, command.reason))
+                self._requests.fail_all(self._error(command.code, command.reason))
             case lifecycle.RecordPass():
                 assert self._canary_report is not None
                 self._recorder.passed(self._canary_report, time.monotonic() - self._spawned_at)
@@ -314,15 +320,9 @@ class Actor:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(delay_s, self._inbox.put_nowait, event)
 
-    def _crash_error(self, code: ErrorCode, reason: str) -> CodedError:
-        """What a request gets whose model failed, or left; with the incident if there is one."""
-        crashed = code in {ErrorCode.MODEL_CRASHED, ErrorCode.MODEL_UNSTABLE}
-        incident_id = self._recorder.last_incident_id if crashed else None
-        details = {} if incident_id is None else {"incident_id": incident_id}
-        return CodedError(code, self._explain(reason), details=details)
-
-    def _explain(self, reason: str) -> str:
-        return f"model {self.spec.model_id!r}: {reason}"
+    def _error(self, code: ErrorCode, reason: str) -> CodedError:
+        incident_id = self._recorder.last_incident_id
+        return status.model_error(self.spec.model_id, code, reason, incident_id)
 
     def _spawn(self, number: int) -> None:
         self._spawned_at = time.monotonic()
@@ -378,7 +378,7 @@ class Actor:
         if command.code is None:
             self._load_waiters.answer(self.readiness())
             return
-        reason, state = self._explain(command.reason), self._state
+        reason, state = command.reason, self._state
         if state is not None:
             if self._load_waiters:
                 log.warning(
@@ -386,7 +386,7 @@ class Actor:
                 )
             if state.readiness is Readiness.LOADING and not state.unloading:
                 reason += "; it will be tried again"
-        self._load_waiters.answer(CodedError(command.code, reason))
+        self._load_waiters.answer(self._error(command.code, reason))
 
     def _on_untracked(self) -> None:
         self._lose_worker()

@@ -238,7 +238,7 @@ class Fleet:
         if actor is not None:
             return actor
         if (resting := self._resting.view(model_id)) is not None:
-            raise unstable(model_id, resting.readiness.reason)
+            raise unstable(model_id, resting.readiness.reason, resting.last_incident_id)
         if self._at_gate[model_id]:
             raise CodedError(
                 ErrorCode.MODEL_NOT_READY,
@@ -310,7 +310,7 @@ class Fleet:
         self._resting.admitted(model.account_key)
         if actor is not None and actor.spec.account_key == model.account_key:
             if not spec.allow_unsupported_runtime:
-                raise unstable(actor.spec.model_id, actor.state.reason)
+                raise actor.unstable()
             actor.load_again()
             return actor
         if actor is not None:
@@ -329,7 +329,7 @@ class Fleet:
         self._actors[model_id] = actor
         actor.start(probation=spec.allow_unsupported_runtime)
         if _rests(actor):
-            raise unstable(model_id, actor.state.reason)
+            raise actor.unstable()
         return actor
 
     async def _load_configured(self) -> None:

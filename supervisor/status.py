@@ -15,6 +15,18 @@ from supervisor.views import ReadinessView
 log = logging.getLogger(__name__)
 
 
+#: Codes of errors that a counted failure has caused.
+_OF_FAILURES = frozenset(
+    {
+        ErrorCode.MODEL_CRASHED,
+        ErrorCode.MODEL_UNSTABLE,
+        ErrorCode.MODEL_CANARY_FAILED,
+        ErrorCode.MODEL_LOAD_TIMEOUT,
+        ErrorCode.MODEL_LOADER_CRASHED,
+    }
+)
+
+
 def readiness_view(state: State, policy: Policy) -> ReadinessView:
     """The state with its monotonic times turned into epoch seconds."""
     now = time.monotonic()
@@ -37,12 +49,15 @@ def resting_readiness(account: Account, policy: Policy) -> ReadinessView:
     return readiness_view(state, policy)
 
 
-def require_routable(model_id: str, state: State) -> None:
-    """Raise ``model_unstable`` or ``model_not_ready`` unless the model takes traffic."""
+def require_routable(model_id: str, state: State, incident_id: str | None) -> None:
+    """Raise ``model_unstable`` or ``model_not_ready`` unless the model takes traffic.
+
+    ``incident_id`` is that of the model's last failure.
+    """
     if state.readiness is Readiness.ROUTABLE and not state.unloading:
         return
     if state.readiness is Readiness.QUARANTINED:
-        raise unstable(model_id, state.reason)
+        raise unstable(model_id, state.reason, incident_id)
     if state.unloading:
         raise CodedError(ErrorCode.MODEL_NOT_READY, f"model {model_id!r} is being unloaded")
     wait_s = 1.0
@@ -52,16 +67,27 @@ def require_routable(model_id: str, state: State) -> None:
         ErrorCode.MODEL_NOT_READY,
         f"model {model_id!r} is not ready: {state.readiness} ({state.reason})",
         retry_after_s=wait_s,
+        details=_evidence(state.code, incident_id),
     )
 
 
-def unstable(model_id: str, reason: str) -> CodedError:
+def unstable(model_id: str, reason: str, incident_id: str | None) -> CodedError:
     """The refusal of a quarantined model, with the ways out."""
     return CodedError(
         ErrorCode.MODEL_UNSTABLE,
         f"model {model_id!r} is quarantined: {reason}; "
         "release it, or load it with allow_unsupported_runtime=true to put it on probation",
+        details=_evidence(ErrorCode.MODEL_UNSTABLE, incident_id),
     )
+
+
+def model_error(model_id: str, code: ErrorCode, reason: str, incident_id: str | None) -> CodedError:
+    """What those get who waited for the model; with the incident if a failure is to blame."""
+    return CodedError(code, f"model {model_id!r}: {reason}", details=_evidence(code, incident_id))
+
+
+def _evidence(code: ErrorCode | None, incident_id: str | None) -> dict[str, str | int]:
+    return {} if incident_id is None or code not in _OF_FAILURES else {"incident_id": incident_id}
 
 
 def log_transition(model_id: str, before: State | None, after: State | None) -> None:

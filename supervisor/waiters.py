@@ -34,6 +34,6 @@ class LoadWaiters:
                 continue
             if isinstance(end, CodedError):
                 # One for each: a raised exception belongs to whoever raised it.
-                waiter.set_exception(CodedError(end.code, end.message))
+                waiter.set_exception(CodedError(end.code, end.message, details=end.details))
             else:
                 waiter.set_result(end)

@@ -244,7 +244,13 @@ def test_a_load_that_fails_is_answered_with_how_it_ended(
     assert error["code"] == code
     assert answer.status_code == (422 if code == "model_unsupported_arch" else 409)
     assert said in error["message"]
-    assert server.chat(name).status_code in {404, 409}
+    refused = server.chat(name)
+    assert refused.status_code in {404, 409}
+    if code != "model_unsupported_arch":
+        # Whatever a failure has caused names the incident.
+        incident = server.http.get(f"/admin/incidents/{error['incident_id']}").json()
+        assert (incident["model"], incident["code"]) == (name, code)
+        assert "incident_id" in refused.json()["error"]
 
     records = server.http.get(
         "/admin/models/compatibility", params={"model": name, "outcome": "fail"}

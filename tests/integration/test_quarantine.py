@@ -38,6 +38,8 @@ def test_the_third_failure_quarantines(server: Server, models_dir: Path) -> None
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_unstable")
     again = server.load("fragile")
     assert (again.status_code, again.json()["error"]["code"]) == (409, "model_unstable")
+    for answer in (refused, again, server.http.get("/v1/models/fragile")):
+        assert answer.json()["error"]["incident_id"] == view["last_incident_id"]
 
     # Unloading is no way out of a quarantine; releasing is.
     server.http.post("/admin/models/unload", json={"model_id": "fragile"})
@@ -78,6 +80,7 @@ def test_a_quarantine_survives_the_supervisor(tmp_path: Path) -> None:
     with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as second:
         refused = second.chat("crasher")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_unstable")
+        assert refused.json()["error"]["incident_id"] == before["last_incident_id"]
         # Right after the start, and the same once a load has been tried.
         assert_still_quarantined(second, before)
         answer = second.load("crasher")

@@ -43,8 +43,12 @@ async def get_model(gateway: Gateway, call: Call) -> Response:
         return json_response(_model(view))
     readiness = view.readiness
     if readiness.state == "quarantined":
+        incident_id = view.last_incident_id
         raise CodedError(
-            ErrorCode.MODEL_UNSTABLE, f"{view.id} is quarantined: {readiness.reason}", param="model"
+            ErrorCode.MODEL_UNSTABLE,
+            f"{view.id} is quarantined: {readiness.reason}",
+            param="model",
+            details={} if incident_id is None else {"incident_id": incident_id},
         )
     raise CodedError(
         ErrorCode.MODEL_NOT_READY,

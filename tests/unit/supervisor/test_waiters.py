@@ -38,9 +38,10 @@ async def test_all_who_wait_get_the_answer_and_who_comes_later_the_next() -> Non
 async def test_a_failure_is_told_to_each_in_an_error_of_its_own() -> None:
     waiters = LoadWaiters()
     tasks = await waiting(waiters, 2)
-    waiters.answer(CodedError(ErrorCode.MODEL_UNSTABLE, "no"))
+    waiters.answer(CodedError(ErrorCode.MODEL_UNSTABLE, "no", details={"incident_id": "i"}))
     errors = await asyncio.gather(*tasks, return_exceptions=True)
     assert errors[0] is not errors[1]
+    assert [getattr(error, "details", None) for error in errors] == [{"incident_id": "i"}] * 2
     assert {error.code for error in errors if isinstance(error, CodedError)} == {
         ErrorCode.MODEL_UNSTABLE
     }

@@ -35,7 +35,7 @@ async def test_a_model_that_cannot_be_used_says_why(
     client: httpx.AsyncClient, fleet: FakeFleet
 ) -> None:
     fleet.add(view("a", "loading"))
-    fleet.add(view("b", readiness=readiness("quarantined", "3 crashes")))
+    fleet.add(view("b", readiness=readiness("quarantined", "3 crashes"), last_incident_id="i"))
     fleet.add(view("c", unloading=True))
     loading, unstable, leaving, unknown = [
         await client.get(f"/v1/models/{model_id}") for model_id in "abcd"
@@ -44,6 +44,7 @@ async def test_a_model_that_cannot_be_used_says_why(
     assert loading.headers["retry-after"] == "1"
     assert (unstable.status_code, unstable.json()["error"]["code"]) == (409, "model_unstable")
     assert "3 crashes" in unstable.json()["error"]["message"]
+    assert unstable.json()["error"]["incident_id"] == "i"
     assert (leaving.status_code, leaving.json()["error"]["code"]) == (409, "model_not_ready")
     assert "retry-after" not in leaving.headers
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
