@@ -1,14 +1,19 @@
 """A model that keeps failing is stopped, told about, remembered, and let go by an operator."""
 
+import itertools
+import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.server import Server, serve, write_script
+from tests.support.server import Server, polls, serve, text_of, write_script
+from worker.faults import trace_of
 
 #: Counts on, so that a lost or doubled token is seen.
 COUNTING = [f"{n} " for n in range(200)]
@@ -147,3 +152,118 @@ def test_an_isolated_failure_long_after_others_does_not_quarantine(tmp_path: Pat
         second.kill_worker("m")
         view = second.await_state("m", "routable", generation=2)
         assert view["readiness"]["crash_count"] <= 1
+
+
+# --- a model that always crashes, beside one that does not ---
+
+#: Where it crashes, every time.
+ALWAYS = {
+    "load": {"at": "load", "kind": "segfault"},
+    "canary": {"at": "token", "n": 2, "kind": "segfault"},
+    "service": {"at": "token", "n": 2, "kind": "segfault", "prompt_contains": "Hi"},
+}
+
+#: What a refusal may take on a machine with other work to do.
+AT_ONCE_S = 0.5
+
+
+class Listener:
+    """Streams from the bystander in a thread; knows when each token came."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._enough = threading.Event()
+        self._arrivals: list[float] = []
+        self._payloads: list[str] = []
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        stream = self._server.stream("bystander")
+        for payload in stream:
+            self._arrivals.append(time.monotonic())
+            self._payloads.append(payload)
+            if self._enough.is_set():
+                break
+        stream.close()  # type: ignore[attr-defined]
+
+    def gaps(self) -> list[float]:
+        """End it; the seconds between tokens, none of which may be missing."""
+        self._enough.set()
+        self._thread.join(30)
+        words = text_of(self._payloads).split()
+        assert words == [str(n % len(COUNTING)) for n in range(len(words))]
+        assert len(words) > 100
+        return [later - earlier for earlier, later in itertools.pairwise(self._arrivals)]
+
+
+def strikes(script: Path) -> int:
+    """How often the model has crashed, by its own trace."""
+    return len(trace_of(script, 0).read_bytes().splitlines())
+
+
+def assert_refused_at_once(server: Server) -> None:
+    for number in range(10):
+        started = time.monotonic()
+        refused = server.chat("always", stream=bool(number % 2))
+        took = time.monotonic() - started
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_unstable")
+        assert took < AT_ONCE_S
+    started = time.monotonic()
+    assert server.load("always").json()["error"]["code"] == "model_unstable"
+    assert time.monotonic() - started < AT_ONCE_S
+
+
+@pytest.mark.parametrize("place", ALWAYS)
+def test_a_model_that_always_crashes_crashes_three_times(tmp_path: Path, place: str) -> None:
+    script = write_script(tmp_path, "always", faults=[ALWAYS[place]])
+    write_script(tmp_path, "bystander", tokens=COUNTING, repeat=True, step_delay_s=0.005)
+    arguments = ("--models-dir", str(tmp_path))
+    with serve(tmp_path / "home", *arguments) as server:
+        assert server.load("bystander").status_code == 200
+        listener = Listener(server)
+        time.sleep(2.0)
+        calm = listener.gaps()
+
+        listener = Listener(server)
+        server.load("always", wait=False)
+        if place == "service":
+            # A request that nobody has seen anything of is run twice.
+            for generation, code in ((1, "model_crashed"), (3, "model_unstable")):
+                server.await_state("always", "routable", generation=generation)
+                assert server.chat("always").json()["error"]["code"] == code
+        view = server.await_state("always", "quarantined")
+        assert view["readiness"]["crash_count"] == strikes(script) == 3
+        assert_refused_at_once(server)
+        # Longer than any restart could have been put off.
+        time.sleep(3.0)
+        busy = listener.gaps()
+        assert strikes(script) == 3
+        assert server.model("bystander")["generation"] == 1
+
+    calm_p50, calm_p99, busy_p50, busy_p99 = (
+        statistics.quantiles(gaps, n=100)[percent - 1]
+        for gaps in (calm, busy)
+        for percent in (50, 99)
+    )
+    print(
+        f"bystander's gaps beside a model that crashes in {place}: "
+        f"p50 {busy_p50 * 1e3:.1f} ms (calm {calm_p50 * 1e3:.1f}), "
+        f"p99 {busy_p99 * 1e3:.1f} ms (calm {calm_p99 * 1e3:.1f})"
+    )
+    # For a machine that has other work to do; measured, they are the same.
+    assert busy_p50 < 2 * calm_p50 + 0.01
+    assert busy_p99 < 5 * calm_p99 + 0.1
+
+    with serve(tmp_path / "home", *arguments) as server:
+        assert_refused_at_once(server)
+        assert strikes(script) == 3
+        assert server.http.post("/admin/models/always/release").status_code == 200
+        server.load("always", wait=False)
+        if place == "service":
+            server.await_state("always", "routable")
+            server.chat("always")
+        for _ in polls():
+            if strikes(script) > 3:
+                return
+        raise AssertionError("a released model is not tried again")
