@@ -36,7 +36,10 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 #: The net below, for this process's memory.
 MAX_RECEIVED_BYTES = 1024 * 1024 * 1024
 
+# Plain numbers: the flags' own operators are Python code that takes as long as a message.
 _DONT_WAIT = int(zmq.NOBLOCK)
+_EVENTS = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
 
 #: Frames handled before other work of the event loop gets a turn.
 FRAMES_PER_TURN = 256
@@ -89,12 +92,12 @@ class Channel:
         if self._data.closed:
             raise ChannelClosed
         try:
-            self._data.send(self._encode(message), zmq.NOBLOCK)
+            self._data.send(self._encode(message), _DONT_WAIT)
         except zmq.Again as error:
             raise ChannelFull from error
         finally:
             # The descriptor signals edges; sending may have consumed one, also in vain.
-            if int(self._data.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if _can_read(self._data):
                 self._loop.call_soon(self._on_readable, self._data)
 
     def drain(self) -> None:
@@ -134,7 +137,7 @@ class Channel:
                 # everyone by a frame of hundreds of MB.
                 self._handle(socket.recv(_DONT_WAIT, False).buffer)
                 # Asking is cheaper than the exception for nothing more.
-                if self._closed or not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                if self._closed or not _can_read(socket):
                     return False
         except zmq.Again:
             return False
@@ -156,6 +159,11 @@ class Channel:
             # which the descriptor has already told.
             log.exception("a message could not be handled")
             self._on_violation(f"{type(message).__name__} could not be handled: {error}")
+
+
+def _can_read(socket: zmq.Socket[bytes]) -> bool:
+    events: int = socket.getsockopt(_EVENTS)  # type: ignore[assignment]
+    return bool(events & _POLLIN)
 
 
 def _endpoint(socket: zmq.Socket[bytes]) -> str:
