@@ -75,7 +75,8 @@ class Load(Message, frozen=True):
     backend. ``prompt_cache_bytes`` bounds the KV cache kept of ended requests for
     later ones that begin alike (0: none is kept, None: the backend's default).
     ``draft_tokens`` is how many tokens are guessed ahead at most, by backends that can
-    (0: none); what is sampled is the same.
+    (0: none); what is sampled is the same. ``tool_format`` names how the model writes
+    tool calls, where its chat template does not tell (None: it does).
     """
 
     path: str
@@ -84,6 +85,7 @@ class Load(Message, frozen=True):
     threads: int | None = None
     prompt_cache_bytes: int | None = None
     draft_tokens: int = 0
+    tool_format: str | None = None
 
 
 class Generate(Message, frozen=True):
@@ -158,7 +160,8 @@ class Loaded(Message, frozen=True):
     """The model is in memory and can take requests.
 
     ``context_length`` is in tokens per sequence; ``weights_bytes`` is the size
-    of the weights as stored.
+    of the weights as stored. ``tool_format`` and ``reasoning`` are how tool calls and
+    reasoning are written, both empty without a chat template.
     """
 
     architecture: str
@@ -167,6 +170,8 @@ class Loaded(Message, frozen=True):
     vocab_size: int
     has_chat_template: bool
     weights_bytes: int
+    tool_format: str = ""
+    reasoning: str = ""
 
 
 class LoadFailed(Message, frozen=True):

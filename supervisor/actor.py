@@ -172,6 +172,9 @@ class Actor:
             last_used_at=self._last_used_at,
             keep_alive_sec=spec.keep_alive_sec,
             last_incident_id=self._recorder.last_incident_id,
+            has_chat_template=model.has_chat_template if model is not None else None,
+            tool_format=(model.tool_format or None) if model is not None else None,
+            reasoning_format=(model.reasoning or None) if model is not None else None,
         )
 
     def readiness(self) -> ReadinessView:

@@ -31,6 +31,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     allow_unsupported_runtime: bool = False
     keep_alive_sec: int | None = None
     context_length: int | None = None
+    tool_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class ModelSpec:
     context_length: int | None
     keep_alive_sec: int | None
     memory_limit_bytes: int | None
+    tool_format: str | None = None
 
     @property
     def account_key(self) -> AccountKey:
@@ -125,6 +127,7 @@ class Gate:
             memory_limit_bytes=(
                 configured.memory_limit_bytes or self._settings.worker_memory_limit_bytes
             ),
+            tool_format=spec.tool_format or configured.tool_format,
         )
 
     def _record(

@@ -230,6 +230,7 @@ class Generation:
                 threads=self._settings.threads,
                 prompt_cache_bytes=self._settings.prompt_cache_bytes,
                 draft_tokens=self._settings.draft_tokens,
+                tool_format=self._spec.tool_format,
             )
         )
 

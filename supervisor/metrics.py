@@ -28,6 +28,13 @@ _FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
 ListModels = Callable[[], Sequence[ModelView]]
 
 
+#: Clients counted by name; the others together.
+MAX_CLIENTS = 100
+_LONGEST_CLIENT = 64
+ANONYMOUS = "anonymous"
+OTHER_CLIENTS = "other"
+
+
 class Metrics:
     """Counts events; ``render`` is the scrape."""
 
@@ -41,6 +48,13 @@ class Metrics:
             ["model", "endpoint", "code"],
             registry=self._registry,
         )
+        self._clients = Counter(
+            "opta_lmx_client_requests",
+            "Requests submitted to a model, by the name that their client gave itself",
+            ["client"],
+            registry=self._registry,
+        )
+        self._client_names: set[str] = set()
         self._prompt_tokens = Counter(
             "opta_lmx_prompt_tokens", "Tokens of prompts", ["model"], registry=self._registry
         )
@@ -89,6 +103,16 @@ class Metrics:
 
     def request_ended(self, model: str, endpoint: str, code: str) -> None:
         self._requests.labels(model, endpoint, code).inc()
+
+    def client_request(self, name: str | None) -> None:
+        """``name`` is what a client calls itself; past ``MAX_CLIENTS`` new names are one."""
+        name = ANONYMOUS if name is None else name[:_LONGEST_CLIENT]
+        if name not in self._client_names:
+            if len(self._client_names) >= MAX_CLIENTS:
+                name = OTHER_CLIENTS
+            else:
+                self._client_names.add(name)
+        self._clients.labels(name).inc()
 
     def tokens(self, model: str, prompt: int, completion: int, cached: int) -> None:
         """``cached`` is the part of ``prompt`` that was in the KV cache."""

@@ -16,6 +16,8 @@ class ModelSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_length: int | None = None
     keep_alive_sec: int | None = None
     memory_limit_bytes: int | None = None
+    #: How it writes tool calls, where its chat template does not tell; see docs/api.md.
+    tool_format: str | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

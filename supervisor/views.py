@@ -26,7 +26,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """A tracked model, as in ``GET /admin/models/{id}``. GB is 1e9 bytes.
 
     ``path`` is None for a quarantine from before this start of the server, as long as
-    nobody has tried to load the model again.
+    nobody has tried to load the model again. The last three are known while a worker has
+    the model loaded.
     """
 
     id: str
@@ -47,6 +48,9 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     last_used_at: float | None
     keep_alive_sec: int | None
     last_incident_id: str | None
+    has_chat_template: bool | None = None
+    tool_format: str | None = None
+    reasoning_format: str | None = None
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):

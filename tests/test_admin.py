@@ -30,6 +30,9 @@ MODEL_KEYS = {
     "last_used_at",
     "keep_alive_sec",
     "last_incident_id",
+    "has_chat_template",
+    "tool_format",
+    "reasoning_format",
 }
 
 

@@ -55,11 +55,10 @@ class Engine:
         backend: Backend,
         model: Loaded,
         vitals: Vitals,
-        *,
-        tool_format: str | None = None,
+        prompts: PromptBuilder | None = None,
     ) -> None:
         self._backend = backend
-        self._prompts = PromptBuilder(backend, model, tool_format)
+        self._prompts = prompts or PromptBuilder(backend, model)
         self._model = model
         self._vitals = vitals
         self._queue = RequestQueue()

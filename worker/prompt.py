@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from protocol.chat import Constraint, Tool, ToolChoice
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate, Loaded
@@ -40,15 +42,35 @@ class Prepared(NamedTuple):
 
 
 class PromptBuilder:
-    """Makes prompts for one loaded model. ``tool_format`` overrides what its template says."""
+    """Makes prompts for one loaded model. ``tool_format`` overrides what its template says.
+
+    Raises ``CodedError`` if nobody knows that format.
+    """
 
     def __init__(self, backend: Backend, model: Loaded, tool_format: str | None = None) -> None:
         self._backend = backend
         self._model = model
         template = backend.chat_template
         self._knows_tools = template is not None and (not template or knows_tools(template))
-        self._format = choose_format(template or "", tool_format)
+        try:
+            self._format = choose_format(template or "", tool_format)
+        except ValueError as error:
+            raise CodedError(
+                ErrorCode.INVALID_VALUE, f"tool_format: {error}", param="tool_format"
+            ) from error
         self._reasoning = choose_reasoning(template or "")
+
+    def describe(self) -> Loaded:
+        """The model, with how it writes tool calls and reasoning."""
+        if not self._model.has_chat_template:
+            return self._model
+        harmony = self._format.whole is not None
+        reasoning = self._format.name if harmony else ""
+        if self._reasoning is not None:
+            reasoning = self._reasoning.name
+        return msgspec.structs.replace(
+            self._model, tool_format=self._format.name, reasoning=reasoning
+        )
 
     def prepare(self, request: Generate) -> Prepared:
         """Raises ``CodedError`` with the parameter at fault."""

@@ -20,7 +20,6 @@ from protocol.messages import (
     Generate,
     Hello,
     Load,
-    Loaded,
     LoadFailed,
     LoadProgress,
     Phase,
@@ -32,6 +31,7 @@ from worker.backends import create_backend
 from worker.backends.base import Backend
 from worker.engine import Engine
 from worker.link import Link, LinkWrapper
+from worker.prompt import PromptBuilder
 from worker.queue import RequestQueue
 from worker.transport import DataLink, Heart
 from worker.vitals import Vitals
@@ -80,15 +80,15 @@ def _load_and_serve(boot: WorkerBoot, link: Link, vitals: Vitals) -> int:
             return 0
         if not isinstance(request, Load):
             raise TypeError(f"expected a load, got {type(request).__name__}")
-        model = _load(backend, request, link, vitals)
-        if model is None:
+        engine = _load(backend, request, link, vitals)
+        if engine is None:
             return EXIT_FAULT
-        return _serve(backend, model, link, vitals)
+        return _serve(engine, link)
     finally:
         backend.close()
 
 
-def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Loaded | None:
+def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Engine | None:
     def report(fraction: float) -> None:
         vitals.advance()
         link.send(LoadProgress(fraction))
@@ -96,6 +96,7 @@ def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Loaded
     vitals.phase = Phase.LOAD
     try:
         model = backend.load(request, report)
+        prompts = PromptBuilder(backend, model, request.tool_format)
     except CodedError as refusal:
         link.send(LoadFailed(refusal.code, refusal.message))
         return None
@@ -105,12 +106,11 @@ def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Loaded
         link.send(LoadFailed(ErrorCode.MODEL_LOADER_CRASHED, reason))
         return None
     vitals.phase = Phase.IDLE
-    link.send(model)
-    return model
+    link.send(prompts.describe())
+    return Engine(backend, model, vitals, prompts)
 
 
-def _serve(backend: Backend, model: Loaded, link: Link, vitals: Vitals) -> int:
-    engine = Engine(backend, model, vitals)
+def _serve(engine: Engine, link: Link) -> int:
     try:
         Service(engine, link).run()
     except Exception as error:

@@ -43,6 +43,7 @@ def submit(
         remaining_s = terms.arrived + terms.timeout_s - time.perf_counter()
         if remaining_s <= 0:
             raise DeadlinePassed(terms.timeout_s, 0)
+    gateway.metrics.client_request(terms.client_name)
     streams: list[RequestStream] = []
     try:
         for request in requests:

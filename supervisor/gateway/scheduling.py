@@ -17,7 +17,8 @@ from protocol.messages import Priority
 
 PRIORITY_HEADER = "X-Priority"
 TIMEOUT_HEADER = "X-Request-Timeout"
-CLIENT_HEADER = "X-Client-Id"
+#: Headers by which a client names itself; the second is that of OpenClaw's agents.
+CLIENT_HEADERS = ("X-Client-Id", "X-OpenClaw-Agent-Id")
 
 #: Longest ``X-Request-Timeout``, in seconds: a day.
 MAX_TIMEOUT_S = 86_400.0
@@ -26,12 +27,16 @@ _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
 
 class Terms(NamedTuple):
-    """``timeout_s`` counts from ``arrived`` (``time.perf_counter``); None: no deadline."""
+    """``timeout_s`` counts from ``arrived`` (``time.perf_counter``); None: no deadline.
+
+    ``client`` names the client for the queue, ``client_name`` is what it calls itself.
+    """
 
     client: str
     priority: Priority
     timeout_s: float | None
     arrived: float
+    client_name: str | None = None
 
 
 def terms_of(
@@ -39,24 +44,32 @@ def terms_of(
 ) -> Terms:
     """See ``client_of``. Raises ``invalid_value`` with the header's name as ``param``."""
     client = client_of(request, api_key=api_key, claims=claims)
-    return Terms(client, _priority(request), _timeout_s(request), arrived)
+    name = _header_name(request) or _claimed_name(claims)
+    return Terms(client, _priority(request), _timeout_s(request), arrived, name)
 
 
 def client_of(request: Request, *, api_key: str | None, claims: tuple[Any, ...] = ()) -> str:
     """Name a request's client: a short digest, equal for the same client.
 
-    The first of these that there is: ``X-Client-Id``; of ``claims``, the body's fields
+    The first of these that there is: one of ``CLIENT_HEADERS``; of ``claims``, the body's fields
     for this, the first that is a text; the key that was presented, unless it is
     ``api_key``, the server's own, which all clients share; the address.
     """
-    if named := request.headers.get(CLIENT_HEADER):
+    if named := _header_name(request):
         return _digest("header", named)
-    for claim in claims:
-        if isinstance(claim, str) and claim:
-            return _digest("body", claim)
+    if claimed := _claimed_name(claims):
+        return _digest("body", claimed)
     if (key := _presented_key(request)) and key != api_key:
         return _digest("key", key)
     return _digest("address", request.client.host if request.client is not None else "")
+
+
+def _header_name(request: Request) -> str | None:
+    return next((name for each in CLIENT_HEADERS if (name := request.headers.get(each))), None)
+
+
+def _claimed_name(claims: tuple[Any, ...]) -> str | None:
+    return next((claim for claim in claims if isinstance(claim, str) and claim), None)
 
 
 def _digest(kind: str, value: str) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from worker.backends import create_backend
 from worker.backends.base import LoadRefused
 
 
-def refusal(name: str, path: Path, **options: int) -> LoadRefused:
+def refusal(name: str, path: Path, **options: Any) -> LoadRefused:
     backend = create_backend(name)
     with pytest.raises(LoadRefused) as caught:
         backend.load(Load(str(path), **options), lambda _fraction: None)

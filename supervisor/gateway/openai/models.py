@@ -1,6 +1,7 @@
 """``GET /v1/models`` and ``/v1/models/{id}``.
 
-The list holds what can be used right now, that is the routable models. A model
+The list holds what can be used right now, that is the routable models, and with
+``?all=true`` every tracked one, with its readiness. A model
 that is tracked but not routable is refused by name with the code that inference
 would give, ``model_not_ready`` or ``model_unstable``: a client that checks
 before it sends learns the same as one that just sends.
@@ -20,7 +21,10 @@ from supervisor.views import ModelView, ReadinessView
 
 
 class Model(msgspec.Struct, kw_only=True):
-    """OpenAI's model object; the last three fields are ours."""
+    """OpenAI's model object; the last fields are ours.
+
+    ``capabilities``: what requests to it may ask for.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -29,10 +33,14 @@ class Model(msgspec.Struct, kw_only=True):
     context_length: int | None
     backend: str
     readiness: ReadinessView
+    capabilities: list[str]
+    tool_format: str | None
+    reasoning_format: str | None
 
 
 async def list_models(gateway: Gateway, call: Call) -> Response:
-    models = [_model(view) for view in gateway.fleet.models() if is_routable(view)]
+    everything = call.query_params.get("all", "").lower() in {"1", "true"}
+    models = [_model(view) for view in gateway.fleet.models() if everything or is_routable(view)]
     return json_response({"object": "list", "data": models})
 
 
@@ -70,4 +78,18 @@ def _model(view: ModelView) -> Model:
         context_length=view.context_length,
         backend=view.backend,
         readiness=view.readiness,
+        capabilities=_capabilities(view),
+        tool_format=view.tool_format,
+        reasoning_format=view.reasoning_format,
     )
+
+
+def _capabilities(view: ModelView) -> list[str]:
+    if view.has_chat_template is None:
+        return []
+    found = ["completion", "json_schema", "logprobs"]
+    if view.has_chat_template:
+        found += ["chat", "tools"]
+    if view.reasoning_format is not None:
+        found.append("reasoning")
+    return sorted(found)

@@ -22,6 +22,25 @@ async def test_only_routable_models_are_listed(client: httpx.AsyncClient, fleet:
     assert model["readiness"]["state"] == "routable"
 
 
+async def test_all_tracked_models_are_listed_on_demand(
+    client: httpx.AsyncClient, fleet: FakeFleet
+) -> None:
+    fleet.add(view("org/loading", "loading"))
+    listed = (await client.get("/v1/models?all=true")).json()["data"]
+    states = {model["id"]: model["readiness"]["state"] for model in listed}
+    assert states == {"m": "routable", "org/loading": "loading"}
+
+
+async def test_a_model_says_what_it_can_do(client: httpx.AsyncClient, fleet: FakeFleet) -> None:
+    fleet.add(view("plain", has_chat_template=False))
+    fleet.add(view("chat", has_chat_template=True, tool_format="hermes", reasoning_format="think"))
+    plain = (await client.get("/v1/models/plain")).json()
+    chat = (await client.get("/v1/models/chat")).json()
+    assert plain["capabilities"] == ["completion", "json_schema", "logprobs"]
+    assert set(chat["capabilities"]) - set(plain["capabilities"]) == {"chat", "tools", "reasoning"}
+    assert (chat["tool_format"], chat["reasoning_format"]) == ("hermes", "think")
+
+
 @pytest.mark.parametrize("written", ["org/name:q4", "org%2Fname:q4", "org%2Fname%3Aq4"])
 async def test_ids_with_slashes(client: httpx.AsyncClient, fleet: FakeFleet, written: str) -> None:
     fleet.add(view("org/name:q4"))
