@@ -1,7 +1,9 @@
 """The workers that run, on disk: what a killed supervisor may have left is found at the start.
 
 Workers die with their supervisor by themselves; this is the net below that.
-A process is known by pid and start time together, since pids are used again.
+A process is known by pid and start together, since pids are used again. On Linux the
+start is in clock ticks since boot, beside the id of the boot: the time of day that is
+computed from them is another one after the clock was set.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ SCHEMA_VERSION = 1
 
 
 class _Worker(msgspec.Struct, frozen=True):
-    """``started_at`` is the process's start as the system tells it, in epoch seconds."""
+    """``started_at`` is the process's start as the system tells it, in epoch seconds; it
+    counts only where there are no ``start_ticks``, which earlier versions did not write."""
 
     pid: int
     started_at: float
+    start_ticks: int | None = None
+    boot_id: str | None = None
 
 
 class _File(msgspec.Struct, kw_only=True):
@@ -61,7 +66,9 @@ class WorkerLedger:
         """A worker was spawned."""
         # Bookkeeping of a net below others: no trouble with it may reach a model.
         with contextlib.suppress(psutil.Error, OSError):
-            self._workers[pid] = _Worker(pid, psutil.Process(pid).create_time())
+            self._workers[pid] = _Worker(
+                pid, psutil.Process(pid).create_time(), _start_ticks(pid), _boot_id()
+            )
             self._save()
 
     def remove(self, pid: int) -> None:
@@ -80,7 +87,28 @@ class WorkerLedger:
 def _is_running(worker: _Worker) -> bool:
     """Whether the number is still that process's; a group without its leader is not
     touched, since the number may be a stranger's by now."""
+    if worker.start_ticks is not None:
+        start = (_start_ticks(worker.pid), _boot_id())
+        return start == (worker.start_ticks, worker.boot_id)
     try:
         return bool(psutil.Process(worker.pid).create_time() == worker.started_at)
     except (psutil.Error, OSError):
         return False
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Clock ticks from the boot to the process's start; None elsewhere than on Linux."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        # The name, in parentheses, may have spaces and parentheses in it; 22 is the
+        # field's number in proc(5), and what follows the name begins with the third.
+        return int(stat.rpartition(b")")[2].split()[22 - 3])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _boot_id() -> str | None:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None

@@ -27,8 +27,16 @@ _WAIT_THEN_RUN = 'read -r line; exec "$@"'
 
 
 def home_mark(home: Path) -> str:
-    """What the mark of every worker of this home begins with."""
-    return hashlib.sha256(os.fsencode(home)).hexdigest()[:16] + ":"
+    """What the mark of every worker of this home begins with.
+
+    The folder itself counts, not its path alone: two containers may share the process
+    ids and have each a folder of its own at the same path.
+    """
+    identity = os.fsencode(home)
+    with contextlib.suppress(OSError):
+        found = home.stat()
+        identity += f"\0{found.st_dev}\0{found.st_ino}".encode()
+    return hashlib.sha256(identity).hexdigest()[:16] + ":"
 
 
 def server_mark(home: Path) -> str:
