@@ -23,7 +23,9 @@ from protocol.messages import (
     Accepted,
     BackendFault,
     Beat,
+    Cancel,
     FromWorker,
+    Generate,
     Hello,
     Load,
     Loaded,
@@ -155,6 +157,8 @@ class Generation:
                 return Delivery.LOST
             log.warning("%s does not read; %s not sent", self._name, type(message).__name__)
             return Delivery.BLOCKED
+        if isinstance(message, Generate | Cancel):
+            self._watchdog.owes = True
         return Delivery.SENT
 
     def stop(self, *, broken: bool) -> None:
@@ -174,6 +178,7 @@ class Generation:
             # Its requests may be running elsewhere by now: nothing it says counts.
             return
         if type(message) is Step:
+            self._watchdog.owes = False
             self._requests.deliver(message.deltas)
             return
         match message:
@@ -194,10 +199,12 @@ class Generation:
                 self._watchdog.enter(Phase.IDLE, time.monotonic())
                 self._post(WorkerLoaded(self.number))
             case Accepted():
+                self._watchdog.owes = False
                 self._requests.accept(message)
             case Started():
                 self._requests.start(message)
             case Rejected():
+                self._watchdog.owes = False
                 self._requests.reject(message)
             case BackendFault():
                 self._fail(FailureKind.BACKEND_EXCEPTION, f"the backend raised {message.message}")
@@ -252,7 +259,8 @@ class Generation:
         if now - self._watched_at > 5 * WATCH_INTERVAL_S:
             self._watchdog.forgive(now)
         self._watched_at = now
-        if (reason := self._watchdog.verdict(now)) is not None:
+        in_hand = self.model is not None and self._requests.sent() > 0
+        if (reason := self._watchdog.verdict(now, in_hand=in_hand)) is not None:
             loading = self._watchdog.phase in {Phase.STARTING, Phase.LOAD}
             kind = FailureKind.LOAD_TIMEOUT if loading else FailureKind.HANG
             self._condemned = True

@@ -61,6 +61,7 @@ class Engine:
         self._prompts = prompts or PromptBuilder(backend, model)
         self._model = model
         self._vitals = vitals
+        self._prefilled = backend.prefilled
         self._queue = RequestQueue()
         self._waiting: dict[int, Answer] = {}
         self._running: dict[int, Answer] = {}
@@ -83,7 +84,6 @@ class Engine:
         # Templates and tokenisers can hang as well: this is work in hand.
         self._vitals.phase = Phase.PREFILL
         self._vitals.in_hand += 1
-        self._vitals.advance()
         try:
             prepared = self._prompts.prepare(request)
         except CodedError as error:
@@ -148,7 +148,8 @@ class Engine:
             return Progress([], [], settled)
         started: list[Started] = []
         deltas: dict[int, Delta] = {}
-        for produced in self._backend.step():
+        tokens = self._backend.step()
+        for produced in tokens:
             sequence_id = produced.sequence_id
             before = deltas.get(sequence_id)
             if before is not None and before.finish is not None:
@@ -164,7 +165,8 @@ class Engine:
                 del self._running[sequence_id]
                 self._queue.leave(sequence_id)
             deltas[sequence_id] = delta if before is None else _join(before, delta)
-        self._vitals.advance()
+        if tokens or self._has_prefilled():
+            self._vitals.advance()
         self._update_vitals()
         return Progress(started, list(deltas.values()), settled)
 
@@ -186,6 +188,11 @@ class Engine:
             self._vitals.advance()
         return settled
 
+    def _has_prefilled(self) -> bool:
+        """Whether a step without tokens computed something: one that did not moves nothing."""
+        before, self._prefilled = self._prefilled, self._backend.prefilled
+        return self._prefilled != before
+
     def _fill_slots(self) -> None:
         while len(self._running) < self._model.max_sequences:
             request_id = self._queue.take()
@@ -195,7 +202,6 @@ class Engine:
             # A backend may begin with the prompt, or look it up, right here.
             self._update_vitals()
             self._backend.admit(answer.spec)
-            self._vitals.advance()
 
     def _budget(self, prompt_tokens: int, max_tokens: int | None) -> int:
         room = self._model.context_length - prompt_tokens

@@ -105,8 +105,9 @@ def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Engine
         reason = f"{type(error).__name__}: {error}"
         link.send(LoadFailed(ErrorCode.MODEL_LOADER_CRASHED, reason))
         return None
-    vitals.phase = Phase.IDLE
     link.send(prompts.describe())
+    # Not before: until it has been said, this is still the load, with its deadline.
+    vitals.phase = Phase.IDLE
     return Engine(backend, model, vitals, prompts)
 
 

@@ -442,7 +442,11 @@ def test_who_comes_back_computes_no_more_at_once_than_a_stream_may_pause(
     assert 64 <= max(sizes) <= 256
 
 
-@pytest.mark.parametrize(("seconds", "chunk"), [(0.0, 256), (3600.0, 64)], ids=["fast", "slow"])
+@pytest.mark.parametrize(
+    ("seconds", "chunk"),
+    [(0.0, 256), (0.25, 64), (3600.0, 16)],
+    ids=["fast", "slow", "hardly moving"],
+)
 def test_prompts_come_in_chunks_that_fit_the_pause(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, seconds: float, chunk: int
 ) -> None:

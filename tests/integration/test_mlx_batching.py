@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from worker.backends.mlx_batch import (  # noqa: E402
     WORTH_SHARING,
     SequenceBatch,
 )
+from worker.backends.prefill_pace import FEWEST_TOKENS, PrefillPace  # noqa: E402
 
 Tokens = list[int]
 Answers = dict[int, list[StepToken]]
@@ -62,6 +64,14 @@ def loaded(path: Path, prompt_cache_bytes: int | None = PLENTY) -> Iterator[Back
     backend.load(options, lambda _: None)
     yield backend
     backend.close()
+
+
+@pytest.fixture(autouse=True)
+def pace(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine that is known to be fast enough for the largest chunks; undo it for another."""
+    with monkeypatch.context() as fast:
+        fast.setattr(PrefillPace, "fitting", lambda *_: 1_000_000)
+        yield fast
 
 
 @pytest.fixture
@@ -323,6 +333,24 @@ def test_running_sequences_get_a_token_in_every_step_of_a_prefill(backend: Backe
     assert steps == PREFILL_CHUNK // SHARED_PREFILL + 1
     for i in (1, 2, 3, 4):
         backend.cancel(i)
+
+
+@pytest.mark.parametrize(("seconds", "chunk"), [(1.0, 32), (3600.0, FEWEST_TOKENS)])
+def test_a_chunk_takes_seconds_at_most_also_on_a_slow_machine(
+    backend: Backend, pace: pytest.MonkeyPatch, seconds: float, chunk: int
+) -> None:
+    """On a clock that moves on by so much for every 16 tokens."""
+    pace.undo()
+    pace.setattr(
+        "worker.backends.mlx_batch.time.perf_counter",
+        lambda: backend.prefilled / FEWEST_TOKENS * seconds,
+    )
+    backend.admit(spec(text(FEWEST_TOKENS + 10 * chunk + 1)))
+    chunks = []
+    while not backend.step():
+        chunks.append(backend.prefilled)
+    sizes = [after - before for before, after in pairwise([0, *chunks])]
+    assert sizes[:11] == [FEWEST_TOKENS, *[chunk] * 10]
 
 
 def test_prompts_share_a_chunk_while_others_run(backend: Backend) -> None:

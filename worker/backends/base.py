@@ -140,6 +140,10 @@ class Backend(Protocol):
     def version(self) -> str:
         """Version of the library, part of the key failures are counted under."""
 
+    @property
+    def prefilled(self) -> int:
+        """Prompt tokens computed so far, by which a step without tokens shows that it moved on."""
+
     def load(self, options: Load, report: ReportProgress) -> Loaded:
         """Load the model; called once. Raises ``LoadRefused``, or anything on a fault."""
 
@@ -174,7 +178,9 @@ class Backend(Protocol):
     def step(self) -> list[StepToken]:
         """Run one prefill chunk and/or one decode step; at most one token per sequence.
 
-        An empty list means that only prefill work was done. A sequence whose
+        An empty list means that only prefill work was done, if ``prefilled`` has grown, or
+        nothing at all. A step takes seconds at most, however long a prompt is, unless the
+        machine is so slow that a few tokens take longer. A sequence whose
         token ``is_end``, or that has ``max_tokens`` tokens, is gone afterwards.
         """
 

@@ -58,6 +58,10 @@ class LlamaBackend:
         self._template: ChatTemplate | None = None
         self._no_template = "the model has no chat template; send a plain prompt instead"
 
+    @property
+    def prefilled(self) -> int:
+        return self._scheduler.prefilled
+
     def load(self, options: Load, report: ReportProgress) -> Loaded:
         path = Path(options.path)
         check_file(path)

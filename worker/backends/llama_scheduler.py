@@ -25,10 +25,11 @@ from worker.backends.llama_pool import KvPool, Match
 from worker.backends.llama_sampling import Sampler
 from worker.backends.llama_vocab import Vocabulary
 from worker.backends.lookup import guess
+from worker.backends.prefill_pace import PrefillPace
 
 #: Prompt tokens of a batch that also decodes are as many as take so many seconds,
-#: within bounds: a stream pauses no longer. A CPU gains nothing from more, and loses
-#: with less (64 tokens run as fast as 512, 32 at 75 % of that).
+#: within bounds: a stream pauses no longer, unless the machine is very slow. A CPU gains
+#: nothing from more, and loses with less (64 tokens run as fast as 512, 32 at 75 % of that).
 _PAUSE_SECONDS = 0.2
 _SMALLEST_CHUNK = 64
 _LARGEST_CHUNK = 256
@@ -97,7 +98,8 @@ class Scheduler:
         # In the order of admission, here and there, and all of the first before the second.
         self._decoding: list[_Sequence] = []
         self._waiting: deque[_Sequence] = deque()
-        self._seconds_per_token = _PAUSE_SECONDS / _SMALLEST_CHUNK  # until it was measured
+        self._pace = PrefillPace()
+        self.prefilled = 0  # see base.Backend
         # The first of the waiting has no room until some sequence ends.
         self._blocked = False
 
@@ -142,15 +144,15 @@ class Scheduler:
         for sequence in decoding:
             sequence.cached.length += 1
         for sequence, end, row in chunks:
+            self.prefilled += end - sequence.cached.length
             sequence.cached.length = end
             if row is not None:
                 rows.append((row, sequence))
                 decoding.append(self._waiting.popleft())
         # On a GPU the call only queues the work; progress means it is done.
         llama_cpp.llama_synchronize(self._context)
-        if chunks and batch.size >= _SMALLEST_CHUNK:
-            seconds = (time.perf_counter() - begun) / batch.size
-            self._seconds_per_token = (self._seconds_per_token + seconds) / 2
+        if chunks:
+            self._pace.measured(batch.size, time.perf_counter() - begun)
         return self._check_guesses(draft) if draft else self._sample(rows)
 
     def cancel(self, sequence_id: int) -> None:
@@ -196,10 +198,10 @@ class Scheduler:
     def _add_prompts(self) -> list[_Chunk]:
         """Fill the batch with prompt tokens, in the order of the prompts."""
         batch = self._batch
-        room = self._batch_size - batch.size
+        room = min(self._batch_size - batch.size, self._pace.fitting())
         # Who was preempted still counts as decoding, with that phase's shorter deadline.
         if self._decoding or self._waiting[0].answered:
-            affordable = int(_PAUSE_SECONDS / self._seconds_per_token)
+            affordable = self._pace.fitting(_PAUSE_SECONDS)
             room = min(room, max(_SMALLEST_CHUNK, min(affordable, _LARGEST_CHUNK)))
         chunks: list[_Chunk] = []
         for sequence in self._waiting:

@@ -47,6 +47,10 @@ class MlxBackend:
     def __init__(self) -> None:
         self._batch: Any = None  # a SequenceBatch once loaded
 
+    @property
+    def prefilled(self) -> int:
+        return 0 if self._batch is None else int(self._batch.prefilled)
+
     def load(self, options: Load, report: ReportProgress) -> Loaded:
         if not mx.metal.is_available():
             # Compiling kernels for the CPU takes a C++ compiler at run time and

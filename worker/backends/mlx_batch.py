@@ -12,6 +12,7 @@ and all tokens that it has returned, the last one included.
 
 from __future__ import annotations
 
+import time
 from array import array
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -34,10 +35,11 @@ from worker.backends.mlx_sampling import (
     create_logits_processors,
     create_sampler,
 )
+from worker.backends.prefill_pace import PrefillPace
 
-#: Prompt tokens of one sequence in one step.
+#: Prompt tokens of one sequence in one step, on a machine that is fast enough.
 PREFILL_CHUNK = 512
-#: Prompt tokens in a step that other sequences wait for: more would hold up their
+#: Prompt tokens in a step that other sequences wait for, there: more would hold up their
 #: streams, and a chunk of this size is computed at nearly the speed of a longer one.
 SHARED_PREFILL = 128
 #: Prompts that are prefilled together.
@@ -77,6 +79,8 @@ class SequenceBatch:
         self._trims = can_always_trim(model, context_length)
         self._waiting: dict[int, _Sequence] = {}  # by sequence id
         self._running: dict[int, _Sequence] = {}  # by the generator's uid
+        self._pace = PrefillPace()
+        self.prefilled = 0  # see base.Backend
         self._generator: Any = BatchGenerator(
             model,
             stop_tokens=[[token] for token in sorted(end_tokens)],
@@ -95,9 +99,12 @@ class SequenceBatch:
         if not self._running:
             return []
         self._generator.prefill_step_size = self._chunk()
+        begun, before = time.perf_counter(), self.prefilled
         prompts, responses = self._generator.next()
         for response in prompts:
-            self._prefilled(response.uid, response.progress[0])
+            self._count(response.uid, response.progress[0])
+        if prompts:
+            self._pace.measured(self.prefilled - before, time.perf_counter() - begun)
         return [self._sampled(response) for response in responses]
 
     def cancel(self, sequence_id: int) -> None:
@@ -186,15 +193,18 @@ class SequenceBatch:
     def _chunk(self) -> int:
         """Tokens of each prompt in the next step."""
         prefilling = sum(each.computed < len(each.prompt) for each in self._running.values())
+        together = min(max(prefilling, 1), PREFILL_SEQUENCES)
+        fitting = max(1, self._pace.fitting() // together)
         if prefilling == len(self._running):
-            return PREFILL_CHUNK
-        return SHARED_PREFILL // min(max(prefilling, 1), PREFILL_SEQUENCES)
+            return min(PREFILL_CHUNK, fitting)
+        return min(SHARED_PREFILL // together, fitting)
 
     # --- out of it ----------------------------------------------------------------
 
-    def _prefilled(self, uid: int, computed: int) -> None:
+    def _count(self, uid: int, computed: int) -> None:
         """``computed`` tokens of the part of the prompt that was not found are in the cache."""
         sequence = self._running[uid]
+        self.prefilled += sequence.cached + computed - sequence.computed
         sequence.computed = sequence.cached + computed
         if self._kept is not None and sequence.computed in sequence.stops:
             sequence.stops.remove(sequence.computed)

@@ -36,10 +36,11 @@ BYTE_TOKENS = 256
 class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the simulated model says and does. Delays in seconds.
 
-    An answer is ``tokens`` once, or for ever with ``repeat``; with ``ignore_eos``
-    it always repeats. Each token may be any text, also an empty one. No mask keeps it
-    from its script. ``chat_template`` renders nothing; it tells what the answers mean, as
-    that of a real model would.
+    A prompt is computed ``prefill_chunk`` tokens a step (0: all at once), each of which
+    takes ``prefill_delay_s``. An answer is ``tokens`` once, or for ever with ``repeat``;
+    with ``ignore_eos`` it always repeats. Each token may be any text, also an empty one.
+    No mask keeps it from its script. ``chat_template`` renders nothing; it tells what the
+    answers mean, as that of a real model would.
     """
 
     tokens: list[str] = msgspec.field(default_factory=lambda: ["Hello", ",", " world", "."])
@@ -47,6 +48,7 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template: str | None = None
     context_length: int = 4096
     load_delay_s: float = 0.0
+    prefill_chunk: int = 0
     prefill_delay_s: float = 0.0
     step_delay_s: float = 0.0
     faults: list[Fault] = []
@@ -78,6 +80,8 @@ class SimulatedBackend:
         self._link: Link | None = None
         self._pieces: list[bytes] = []
         self._running: dict[int, tuple[SequenceSpec, int]] = {}
+        self._prefilling: dict[int, int] = {}  # tokens still to be computed, by sequence
+        self.prefilled = 0
 
     def wrap_link(self, link: Link) -> Link:
         """See ``link.LinkWrapper``: what is faulty here may also be what is said."""
@@ -143,13 +147,15 @@ class SimulatedBackend:
 
     def admit(self, spec: SequenceSpec) -> None:
         self._strike(FaultPoint.PROMPT, prompt=self._text(spec))
-        time.sleep(self._script.prefill_delay_s)
         self._running[spec.sequence_id] = (spec, 0)
+        self._prefilling[spec.sequence_id] = len(spec.prompt)
 
     def step(self) -> list[StepToken]:
         time.sleep(self._script.step_delay_s)
         produced = []
         for sequence_id, (spec, position) in list(self._running.items()):
+            if sequence_id in self._prefilling and not self._prefill(sequence_id):
+                continue
             self._strike(FaultPoint.TOKEN, n=position, prompt=self._text(spec))
             count = len(self._script.tokens)
             endless = self._script.repeat or spec.ignore_eos
@@ -162,12 +168,26 @@ class SimulatedBackend:
                 self._running[sequence_id] = (spec, position + 1)
         return produced
 
+    def _prefill(self, sequence_id: int) -> bool:
+        """Compute a chunk; whether the prompt is complete."""
+        left = self._prefilling[sequence_id]
+        chunk = min(left, self._script.prefill_chunk or left)
+        time.sleep(self._script.prefill_delay_s)
+        self.prefilled += chunk
+        self._prefilling[sequence_id] = left - chunk
+        if left > chunk:
+            return False
+        del self._prefilling[sequence_id]
+        return True
+
     def cancel(self, sequence_id: int) -> None:
         self._running.pop(sequence_id, None)
+        self._prefilling.pop(sequence_id, None)
 
     def close(self) -> None:
         self._strike(FaultPoint.CLOSE)
         self._running.clear()
+        self._prefilling.clear()
 
     def _strike(self, at: FaultPoint, *, n: int = 0, prompt: str = "") -> None:
         for fault in self._plan.due(at, n=n, prompt=prompt):

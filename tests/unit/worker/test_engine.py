@@ -267,10 +267,32 @@ def test_vitals_tell_phase_and_progress(tmp_path: Path) -> None:
     assert (rig.vitals.phase, rig.vitals.in_hand) == (Phase.PREFILL, 2)
     before = rig.vitals.progress
     rig.engine.step()
-    # One for the prompt that was taken up, one for the step.
-    assert (rig.vitals.phase, rig.vitals.progress) == (Phase.DECODE, before + 2)
+    assert (rig.vitals.phase, rig.vitals.progress) == (Phase.DECODE, before + 1)
     rig.run()
     assert (rig.vitals.phase, rig.vitals.in_hand) == (Phase.IDLE, 0)
+
+
+def test_each_chunk_of_a_prompt_is_progress(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, tokens=["a"], prefill_chunk=2)
+    rig.engine.submit(Generate(1, prompt="12345"))
+    seen = []
+    for _ in range(3):
+        rig.engine.step()
+        seen.append((rig.vitals.phase, rig.vitals.progress))
+    assert seen == [(Phase.PREFILL, 1), (Phase.PREFILL, 2), (Phase.DECODE, 3)]
+
+
+def test_steps_that_bring_nothing_are_no_progress_whoever_comes_and_goes(tmp_path: Path) -> None:
+    class Stuck(SimulatedBackend):
+        def step(self) -> list[StepToken]:
+            return []
+
+    rig = Rig(tmp_path, Stuck(), tokens=["a"])
+    for request_id in range(5):
+        rig.engine.submit(Generate(request_id, prompt="x"))
+        rig.engine.step()
+        rig.engine.cancel(request_id)
+    assert rig.vitals.progress == 0
 
 
 def test_taking_up_a_prompt_is_prefill_while_others_decode(tmp_path: Path) -> None:
