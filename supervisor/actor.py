@@ -13,8 +13,6 @@ import random
 import time
 from collections.abc import Callable
 
-import zmq
-
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate
 from supervisor import lifecycle, status
@@ -49,12 +47,13 @@ class Actor:
             max_stream_buffer_bytes=services.settings.max_stream_buffer_bytes
         )
         self._generation: Generation | None = None
+        #: Why the last worker's process is still there, if it is.
+        self.left_behind: str | None = None
         self._canary: asyncio.Task[None] | None = None
         self._canary_report: CanaryReport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._load_waiters = LoadWaiters()
         self._changed = asyncio.Event()
-        self._spawned_at = 0.0
         self._memory_baseline: int | None = None
         self._recorder = Recorder(
             spec,
@@ -247,7 +246,7 @@ class Actor:
         if generation is None or generation.number != number:
             return
         self._recorder.buried(generation)
-        self._services.ledger.remove(generation.pid)
+        self.left_behind = generation.stuck
         self._generation = None
 
     def _apply_or_conflict(self, event: Event) -> None:
@@ -308,7 +307,8 @@ class Actor:
                 self._requests.fail_all(self._error(command.code, command.reason))
             case lifecycle.RecordPass():
                 assert self._canary_report is not None
-                self._recorder.passed(self._canary_report, time.monotonic() - self._spawned_at)
+                assert self._generation is not None
+                self._recorder.passed(self._canary_report, self._generation.case.parts_s())
             case lifecycle.RecordFailure():
                 self._record_failure(command)
             case lifecycle.AnswerLoads():
@@ -328,7 +328,6 @@ class Actor:
         return status.model_error(self.spec.model_id, code, reason, incident_id)
 
     def _spawn(self, number: int) -> None:
-        self._spawned_at = time.monotonic()
         self._loaded_at = None
         self._memory_baseline = None
         try:
@@ -339,13 +338,14 @@ class Actor:
                 requests=self._requests,
                 post=self._inbox.put_nowait,
             )
-        except (OSError, zmq.ZMQError) as error:
+        except Exception as error:
+            # Whatever it is, such as no more threads: without a process none will exit.
+            log.debug("%s: not spawned", self.spec.model_id, exc_info=True)
             self._services.sockets.renew()
             reason = f"no worker could be started: {error}"
             self._inbox.put_nowait(lifecycle.SpawnFailed(number, reason))
             return
         self._generation = generation
-        self._services.ledger.add(generation.pid)
         self._inbox.put_nowait(lifecycle.WorkerSpawned(number))
 
     def _lose_worker(self) -> None:

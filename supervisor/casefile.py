@@ -29,6 +29,12 @@ SERVER_VERSION = metadata.version("opta-lmx")
 PYTHON_VERSION = platform.python_version()
 PLATFORM = " ".join((os.uname().sysname, os.uname().release, os.uname().machine))
 
+#: What is noted on the way to the canary.
+SPAWNED, ALIVE, GREETED, LOADED = "spawned", "first sign of life", "said hello", "loaded"
+
+#: The parts of a load, and where each ends.
+_PARTS = {"start": ALIVE, "import": GREETED, "load": LOADED, "canary": None}
+
 #: Memory samples kept: the minutes before a failure, at one a second.
 MAX_SAMPLES = 240
 
@@ -42,13 +48,27 @@ class CaseFile:
         self._backend = backend
         self._backend_version = backend_version
         self._timeline: list[Moment] = []
+        #: The same on the monotonic clock.
+        self._noted_at: dict[str, float] = {}
         self._memory: deque[MemorySample] = deque(maxlen=MAX_SAMPLES)
         self._incident: Incident | None = None
-        self.note("spawned")
+        self.note(SPAWNED)
 
     def note(self, what: str) -> None:
         """Add to the timeline."""
         self._timeline.append(Moment(time.time(), what))
+        self._noted_at[what] = time.monotonic()
+
+    def parts_s(self) -> dict[str, float]:
+        """Seconds of each part from the spawn until now, when the canary has passed:
+        ``start`` of the interpreter, ``import`` of the backend, ``load``, ``canary``."""
+        parts: dict[str, float] = {}
+        before, now = self._noted_at[SPAWNED], time.monotonic()
+        for part, end in _PARTS.items():
+            reached = now if end is None else self._noted_at.get(end, before)
+            parts[part] = reached - before
+            before = reached
+        return parts
 
     def sample(self, size: int) -> None:
         """Add to the memory curve; bytes."""
@@ -94,9 +114,10 @@ class CaseFile:
         )
         return self._incident
 
-    def close(self, exit_status: int, output: str) -> Incident | None:
-        """The incident with how the process ended, if there was one."""
-        self.note(f"exited with status {exit_status}")
+    def close(self, exit_status: int | None, output: str) -> Incident | None:
+        """The incident with how the process ended (None: not even by SIGKILL), if there was one."""
+        ended = exit_status is not None
+        self.note(f"exited with status {exit_status}" if ended else "cannot be killed: given up")
         if self._incident is None:
             return None
         return msgspec.structs.replace(
@@ -109,8 +130,8 @@ class CaseFile:
         )
 
 
-def _signal_name(exit_status: int) -> str | None:
-    if exit_status >= 0:
+def _signal_name(exit_status: int | None) -> str | None:
+    if exit_status is None or exit_status >= 0:
         return None
     try:
         return signal.Signals(-exit_status).name

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ MAX_RECEIVED_BYTES = 1024 * 1024 * 1024
 _DONT_WAIT = int(zmq.NOBLOCK)
 _EVENTS = int(zmq.EVENTS)
 _POLLIN = int(zmq.POLLIN)
+_CONNECTED = int(zmq.EVENT_ACCEPTED)
+_DISCONNECTED = int(zmq.EVENT_DISCONNECTED) | int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
 
 #: Frames handled before other work of the event loop gets a turn.
 FRAMES_PER_TURN = 256
@@ -75,11 +78,16 @@ class Channel:
         self._encode = Encoder()
         self._decode = FromWorkerDecoder()
         self._closed = False
+        self._ended = asyncio.Event()
+        self._ended.set()
+        self._monitor: zmq.Socket[bytes] | None = None
         self._sockets: list[tuple[zmq.Socket[bytes], Path]] = []
         # The folder lives where cleaners of temporary files may come by.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._data = self._bind(context, folder / f"{name}.d")
+            self._monitor = self._data.get_monitor_socket(_CONNECTED | _DISCONNECTED)
+            self._loop.add_reader(int(self._monitor.getsockopt(zmq.FD)), self._look_at_connection)
             beats = self._bind(context, folder / f"{name}.b")
         except BaseException:
             self.close()
@@ -100,6 +108,11 @@ class Channel:
             if _can_read(self._data):
                 self._loop.call_soon(self._on_readable, self._data)
 
+    async def ended(self) -> None:
+        """Wait until no worker is connected: nothing will arrive that ``drain`` does not find."""
+        self._look_at_connection()
+        await self._ended.wait()
+
     def drain(self) -> None:
         """Handle all that has arrived, now."""
         while not self._closed and self._pump(self._data):
@@ -107,7 +120,12 @@ class Channel:
 
     def close(self) -> None:
         """Idempotent; nothing is delivered afterwards."""
+        if self._closed:
+            return
         self._closed = True
+        if self._monitor is not None:
+            self._loop.remove_reader(int(self._monitor.getsockopt(zmq.FD)))
+            self._data.disable_monitor()
         for socket, path in self._sockets:
             if not socket.closed:
                 self._loop.remove_reader(int(socket.getsockopt(zmq.FD)))
@@ -124,6 +142,19 @@ class Channel:
         # Something may have arrived before the reader was there.
         self._loop.call_soon(self._on_readable, socket)
         return socket
+
+    def _look_at_connection(self) -> None:
+        """Its descriptor signals edges as well: take all that is there."""
+        while not self._closed and self._monitor is not None:
+            try:
+                event = self._monitor.recv_multipart(_DONT_WAIT)[0]
+            except zmq.Again:
+                return
+            # A frame of a 16-bit event number and a value; the second is an address.
+            if int.from_bytes(event[:2], sys.byteorder) & _CONNECTED:
+                self._ended.clear()
+            else:
+                self._ended.set()
 
     def _on_readable(self, socket: zmq.Socket[bytes]) -> None:
         if not self._closed and self._pump(socket):

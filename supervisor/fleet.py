@@ -18,7 +18,7 @@ from supervisor.compatibility import Record, recommendations
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.incidents import Incident
 from supervisor.lifecycle import Readiness
-from supervisor.marks import Janitor, home_mark, kill_marked
+from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
 from supervisor.memory_watch import MemoryWatch
 from supervisor.metrics import Metrics
 from supervisor.quarantine import release
@@ -31,6 +31,9 @@ from supervisor.stream import RequestStream
 from supervisor.views import LoadResult, ModelView
 
 log = logging.getLogger(__name__)
+
+#: How long a start waits for what an earlier server left: it holds memory until it ends.
+SWEEP_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
 
@@ -61,9 +64,10 @@ class Fleet:
         self._registry = services.registry
         self._accounts = services.accounts
         self._incidents = services.incidents
-        services.ledger.sweep()
         # Nobody else runs workers of this home: its lock is ours.
-        kill_marked(home_mark(settings.home))
+        swept = [*services.ledger.sweep(), *kill_marked(home_mark(settings.home))]
+        if left := await_gone(swept, SWEEP_TIMEOUT_S):
+            log.error("left by an earlier server, and they do not end: %s", left)
         self._gate = Gate(settings, self._registry, blocklist)
         self._resting = Resting(
             self._accounts, self._incidents, services.policy, self._registry.records
@@ -171,13 +175,18 @@ class Fleet:
         )
 
     async def unload(self, model_id: str) -> None:
-        """Stop the worker and wait for it to be gone. Raises ``model_not_found``."""
+        """Stop the worker and wait for it to be gone. Raises ``model_not_found``, and
+        ``internal_error`` when the model is gone, but its process cannot be killed."""
         if model_id not in self._actors and self._resting.view(model_id) is not None:
             return  # Nothing runs, and the quarantine stays.
         actor = self._actor(model_id)
         actor.unload()
         while actor.tracked and actor.state.unloading:
             await actor.changed()
+        if actor.left_behind is not None:
+            raise CodedError(
+                ErrorCode.INTERNAL_ERROR, f"model {model_id!r} is unloaded, but {actor.left_behind}"
+            )
 
     async def release(self, model_id: str) -> None:
         """End a quarantine, also one from before this start of the server.

@@ -38,11 +38,11 @@ from protocol.messages import (
     Step,
     ToWorker,
 )
-from supervisor.casefile import CaseFile
+from supervisor.casefile import ALIVE, GREETED, LOADED, CaseFile
 from supervisor.channel import Channel, ChannelClosed, ChannelFull
 from supervisor.gate import ModelSpec
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
-from supervisor.marks import kill_marked
+from supervisor.marks import end_marked
 from supervisor.process import WorkerProcess
 from supervisor.quarantine import FailureKind
 from supervisor.requests import Delivery, RequestTable
@@ -51,8 +51,11 @@ from supervisor.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-#: How long an exit that a message may explain waits for that message.
-LAST_WORDS_TIMEOUT_S = 0.5
+#: How long an exit that a message may explain waits for the end of the connection. It
+#: comes with the death, unless something else has the worker's end as well.
+LAST_WORDS_TIMEOUT_S = 0.25
+#: How long the end of a worker may wait for that of its helpers, which hold memory, too.
+HELPERS_TIMEOUT_S = 2.0
 
 #: How often a worker's progress is looked at.
 WATCH_INTERVAL_S = 1.0
@@ -89,13 +92,18 @@ class Generation:
         self._name = f"{spec.model_id} (generation {number})"
         self._settings = settings
         self._oom_kills = services.oom_kills
+        self._ledger = services.ledger
         self._requests = requests
         self._post = post
         self._loop = asyncio.get_running_loop()
-        self._greeted = False
+        self._alive = self._greeted = False
         self._stopping = False
         self._condemned = False
-        self._explained = asyncio.Event()
+        self._hang: tuple[FailureKind, str] | None = None
+        #: Why the generation was given up with its process still there; that is
+        #: reaped when it ends after all.
+        self.stuck: str | None = None
+        self._explained = False
         self._tasks: set[asyncio.Task[None]] = set()
         with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
             death_read, self._death_write = os.pipe()
@@ -128,6 +136,7 @@ class Generation:
                 mark=services.server_mark + self._boot.nonce,
             )
             undo.pop_all()
+        self._ledger.add(self.pid)
         now = time.monotonic()
         self._watchdog = Watchdog(
             {
@@ -162,14 +171,30 @@ class Generation:
         return Delivery.SENT
 
     def stop(self, *, broken: bool) -> None:
-        """Bring the process down in the background; ``WorkerExited`` is posted at its end."""
+        """Bring the process down in the background; ``WorkerExited`` is posted at its end,
+        or when it does not come: see ``stuck``."""
         self._watch_timer.cancel()
-        self._stopping = True
         self._condemned = self._condemned or broken
+        if self._process.exit_status is not None:
+            # It is dead already, and its end is about to be told.
+            return
+        self._stopping = True
         self.case.note("told to stop" if not broken else "being killed")
         if not broken:
             self.send(Shutdown())
-        self._start(self._process.stop(grace_s=self._settings.stop_grace_s, broken=broken))
+        self._start(self._stop(broken))
+
+    async def _stop(self, broken: bool) -> None:
+        if await self._process.stop(grace_s=self._settings.stop_grace_s, broken=broken):
+            return
+        self.stuck = f"its process {self.pid} cannot be killed: it hangs in the kernel"
+        log.critical(
+            "%s: %s, with its memory. It is left alone, and everything else goes on",
+            self._name,
+            self.stuck,
+        )
+        self._channel.close()
+        self._post(WorkerExited(self.number, FailureKind.SIGNAL, self.stuck, random.random()))
 
     # --- what the worker says ---
 
@@ -183,6 +208,9 @@ class Generation:
             return
         match message:
             case Beat():
+                if not self._alive:
+                    self._alive = True
+                    self.case.note(ALIVE)
                 self._watchdog.observe(message, time.monotonic())
             case Hello():
                 self._on_hello(message)
@@ -195,7 +223,7 @@ class Generation:
                 pass
             case Loaded():
                 self.model = message
-                self.case.note("loaded")
+                self.case.note(LOADED)
                 self._watchdog.enter(Phase.IDLE, time.monotonic())
                 self._post(WorkerLoaded(self.number))
             case Accepted():
@@ -207,8 +235,8 @@ class Generation:
                 self._watchdog.owes = False
                 self._requests.reject(message)
             case BackendFault():
+                self._explained = True
                 self._fail(FailureKind.BACKEND_EXCEPTION, f"the backend raised {message.message}")
-                self._explained.set()
 
     def _on_hello(self, hello: Hello) -> None:
         try:
@@ -219,7 +247,7 @@ class Generation:
             self._on_violation(str(error))
             return
         self._greeted = True
-        self.case.note("said hello")
+        self.case.note(GREETED)
         if hello.backend_version != self._spec.backend_version:
             # What this generation does would be remembered under the wrong version.
             reason = (
@@ -246,7 +274,7 @@ class Generation:
             self._fail(FailureKind.LOADER, message.message)
         else:
             self._post(LoadRefused(self.number, message.code, message.message))
-        self._explained.set()
+        self._explained = True
 
     def _on_violation(self, reason: str) -> None:
         if not self._condemned:
@@ -262,9 +290,9 @@ class Generation:
         in_hand = self.model is not None and self._requests.sent() > 0
         if (reason := self._watchdog.verdict(now, in_hand=in_hand)) is not None:
             loading = self._watchdog.phase in {Phase.STARTING, Phase.LOAD}
-            kind = FailureKind.LOAD_TIMEOUT if loading else FailureKind.HANG
+            self._hang = FailureKind.LOAD_TIMEOUT if loading else FailureKind.HANG, reason
             self._condemned = True
-            self._start(self._fail_hung(kind, reason))
+            self._start(self._fail_hung(*self._hang))
             return
         self._watch_timer = self._watch_later()
 
@@ -289,20 +317,41 @@ class Generation:
     def _on_exit(self) -> None:
         os.close(self._death_write)
         self._watch_timer.cancel()
+        self._ledger.remove(self.pid)
+        if self.stuck is not None:
+            log.warning("%s: its process %d has ended after all", self._name, self.pid)
+            self._start(self._kill_helpers())
+            return
         self._start(self._report_exit())
 
     async def _report_exit(self) -> None:
+        """Tell of the death at once, and of the end when nothing of the worker is left."""
         kind, reason = self._process.describe_exit()
         try:
             await self._hear_last_words()
-            if self._was_oom_killed():
+            if self._hang is not None:
+                # Found to be hung, it died of being looked at.
+                kind, reason = self._hang
+            elif self._was_oom_killed():
                 kind, reason = FailureKind.MEMORY, "killed by the kernel's out-of-memory killer"
             if tail := self._process.output_tail.strip():
                 log.debug("last output of %s, which %s:\n%s", self._name, reason, tail[-4000:])
+            self._post(WorkerFailed(self.number, kind, reason, random.random()))
+            await self._kill_helpers()
         finally:
             # Whatever went wrong in looking at it: the death itself has to be told.
             self._post(WorkerExited(self.number, kind, reason, random.random()))
-        await asyncio.to_thread(kill_marked, self._process.mark)
+
+    async def _kill_helpers(self) -> None:
+        """Kill what the worker has started and left elsewhere; wait until that is gone."""
+        try:
+            async with asyncio.timeout(HELPERS_TIMEOUT_S):
+                left = await asyncio.to_thread(end_marked, self._process.mark, HELPERS_TIMEOUT_S)
+        except TimeoutError:
+            left = []
+            log.warning("%s: it takes long to look for its helpers", self._name)
+        if left:
+            log.warning("%s: helpers %s do not end", self._name, left)
 
     async def _hear_last_words(self) -> None:
         """Read what the worker still said; wait for it where it explains the exit."""
@@ -310,10 +359,11 @@ class Generation:
         explained = self._process.exit_status == EXIT_FAULT
         # A library may abort on the way out, after the load was refused properly.
         aborted_loading = self._process.exit_status == -signal.SIGABRT and self.model is None
-        if (explained or aborted_loading) and not self._stopping:
+        if (explained or aborted_loading) and not self._stopping and not self._explained:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
-                    await self._explained.wait()
+                    await self._channel.ended()
+            self._channel.drain()
         self._channel.close()
 
     def _was_oom_killed(self) -> bool:
@@ -328,8 +378,8 @@ class Generation:
         return self._watchdog.phase if self.model is None else self._requests.phase()
 
     @property
-    def exit_status(self) -> int:
-        """Only once ``WorkerExited`` was posted."""
+    def exit_status(self) -> int | None:
+        """None while the process is there."""
         return self._process.exit_status
 
     @property

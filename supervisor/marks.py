@@ -13,6 +13,8 @@ import os
 import secrets
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 
 #: Carried by a worker and everything it starts.
 MARK_ENV = "OPTA_LMX_WORKER_MARK"
+
+_LOOK_INTERVAL_S = 0.01
 
 #: Waits without Python's memory until nobody holds the other end of its stdin.
 _WAIT_THEN_RUN = 'read -r line; exec "$@"'
@@ -55,6 +59,29 @@ def kill_marked(prefix: str) -> list[int]:
         except (psutil.Error, OSError):
             continue
     return killed
+
+
+def end_marked(prefix: str, timeout_s: float) -> list[int]:
+    """Kill them, and wait until they are gone; returns the pids of those that are not by then."""
+    return await_gone(kill_marked(prefix), timeout_s)
+
+
+def await_gone(pids: Sequence[int], timeout_s: float) -> list[int]:
+    """Wait for the end of processes that were killed; returns those still there by then."""
+    deadline = time.monotonic() + timeout_s
+    left = [pid for pid in pids if _holds_memory(pid)]
+    while left and time.monotonic() < deadline:
+        time.sleep(_LOOK_INTERVAL_S)
+        left = [pid for pid in left if _holds_memory(pid)]
+    return left
+
+
+def _holds_memory(pid: int) -> bool:
+    """A zombie does not; it only waits for whoever started it."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except (psutil.Error, OSError):
+        return False
 
 
 def own_environment() -> dict[str, str]:

@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 
@@ -27,7 +29,12 @@ log = logging.getLogger(__name__)
 #: Between SIGTERM and SIGKILL for a worker from which nothing is expected.
 BROKEN_GRACE_S = 1.0
 
-#: How much of a worker's output is kept for the reason of a failure.
+#: After a SIGKILL. Who is not gone by then hangs in the kernel, and may do so for ever.
+KILL_TIMEOUT_S = 10.0
+
+#: How much of a worker's output is kept for the reason of a failure, and read in one turn
+#: of the event loop: a worker that floods must not starve everybody else. It is also what
+#: a pipe holds.
 OUTPUT_TAIL_BYTES = 64 * 1024
 
 
@@ -64,37 +71,44 @@ class WorkerProcess:
         self._tail = bytearray()
         self._exited = asyncio.Event()
         output_read, output_write = os.pipe()
+        self._output: int | None = output_read
         try:
-            # -P keeps the current folder out of the import path: our import
-            # names are generic enough to be shadowed by a user's own files.
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "worker"],
-                stdin=subprocess.DEVNULL,
-                stdout=output_write,
-                stderr=output_write,
-                env=_environment(boot, mark),
-                pass_fds=(death_fd,),
-                start_new_session=True,
-            )
+            with _signal_ignored(signal.SIGUSR1):
+                # -P keeps the current folder out of the import path: our import
+                # names are generic enough to be shadowed by a user's own files.
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "worker"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output_write,
+                    stderr=output_write,
+                    env=_environment(boot, mark),
+                    pass_fds=(death_fd,),
+                    start_new_session=True,
+                )
         except BaseException:
             os.close(output_read)
             raise
         finally:
             os.close(output_write)
-        os.set_blocking(output_read, False)
-        self._output: int | None = output_read
-        self._loop.add_reader(output_read, self._read_output)
-        self._watch()
+        try:
+            os.set_blocking(output_read, False)
+            self._loop.add_reader(output_read, self._read_output)
+            self._watch()
+        except BaseException:
+            # Nobody would ever learn of its end.
+            self._signal(signal.SIGKILL)
+            self._popen.wait()
+            self._close_output()
+            raise
 
     @property
     def pid(self) -> int:
         return self._popen.pid
 
     @property
-    def exit_status(self) -> int:
-        """As ``subprocess``: negative for a signal. Only after ``on_exit``."""
-        assert self._popen.returncode is not None
-        return self._popen.returncode
+    def exit_status(self) -> int | None:
+        """As ``subprocess``: negative for a signal. None before ``on_exit``."""
+        return self._popen.returncode if self._exited.is_set() else None
 
     @property
     def output_tail(self) -> str:
@@ -104,6 +118,7 @@ class WorkerProcess:
     def describe_exit(self) -> tuple[FailureKind, str]:
         """What the exit status says. Only after ``on_exit``."""
         status = self.exit_status
+        assert status is not None
         if status >= 0:
             return FailureKind.EXIT, f"exited with status {status}"
         try:
@@ -112,20 +127,21 @@ class WorkerProcess:
             name = f"signal {-status}"
         return FailureKind.SIGNAL, f"killed by {name}"
 
-    async def stop(self, *, grace_s: float, broken: bool) -> None:
+    async def stop(self, *, grace_s: float, broken: bool) -> bool:
         """SIGTERM, then SIGKILL after ``grace_s``, to the group; waits for the end.
 
         A worker that is not ``broken`` was asked to shut down before this call and
-        gets ``grace_s`` for that, too; from a broken one nothing is expected.
+        gets ``grace_s`` for that, too; from a broken one nothing is expected. False
+        if not even SIGKILL ends it in time; ``on_exit`` is called when it does.
         """
         if not broken and await self._wait(grace_s):
-            return
+            return True
         if not self._exited.is_set():
             self._signal(signal.SIGKILL if broken and self._is_stopped() else signal.SIGTERM)
         if await self._wait(min(grace_s, BROKEN_GRACE_S) if broken else grace_s):
-            return
+            return True
         self._signal(signal.SIGKILL)
-        await self._exited.wait()
+        return await self._wait(KILL_TIMEOUT_S)
 
     def _is_stopped(self) -> bool:
         """Whether a SIGTERM would only wait for the process to be continued."""
@@ -169,49 +185,82 @@ class WorkerProcess:
             threading.Thread(target=self._wait_in_thread, daemon=True).start()
             return
 
-        def reap() -> None:
+        def ended() -> None:
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
-            # Helpers of the worker go first: while it is a zombie, the number of
-            # its group cannot have been given to somebody else.
-            self._signal(signal.SIGKILL)
-            self._popen.wait()
-            self._finish()
+            self._reap()
 
-        self._loop.add_reader(pidfd, reap)
+        try:
+            self._loop.add_reader(pidfd, ended)
+        except BaseException:
+            os.close(pidfd)
+            raise
 
     def _wait_in_thread(self) -> None:
-        self._popen.wait()
+        _await_end(self.pid)
         with contextlib.suppress(RuntimeError):  # the loop may be closed by now
-            self._loop.call_soon_threadsafe(self._finish)
+            self._loop.call_soon_threadsafe(self._reap)
 
-    def _finish(self) -> None:
+    def _reap(self) -> None:
+        # Helpers of the worker go first: while it is a zombie, the number of
+        # its group cannot have been given to somebody else.
+        self._signal(signal.SIGKILL)
+        self._popen.wait()
         # What is in the pipe now is all there will be from the worker itself; a
-        # helper that inherited the pipe could hold it open for ever.
+        # helper that inherited the pipe could hold it open, or fill it, for ever.
         self._read_output()
         self._close_output()
         self._exited.set()
         self._on_exit()
 
     def _read_output(self) -> None:
-        while self._output is not None:
-            try:
-                data = os.read(self._output, 65536)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._close_output()
-                return
-            self._tail += data
-            del self._tail[:-OUTPUT_TAIL_BYTES]
-            if log.isEnabledFor(logging.DEBUG):
-                for line in data.decode(errors="replace").splitlines():
-                    log.debug("%s: %s", self._name, line)
+        """Read once; the loop calls again while there is more."""
+        if self._output is None:
+            return
+        try:
+            data = os.read(self._output, OUTPUT_TAIL_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._close_output()
+            return
+        self._tail += data
+        del self._tail[:-OUTPUT_TAIL_BYTES]
+        if log.isEnabledFor(logging.DEBUG):
+            for line in data.decode(errors="replace").splitlines():
+                log.debug("%s: %s", self._name, line)
 
     def _close_output(self) -> None:
         if self._output is not None:
             self._loop.remove_reader(self._output)
             os.close(self._output)
             self._output = None
+
+
+@contextlib.contextmanager
+def _signal_ignored(number: signal.Signals) -> Iterator[None]:
+    """A child spawned here ignores it until it says otherwise: the request for its stacks
+    would end a worker that hangs before it knows how to answer."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+def _await_end(pid: int) -> None:
+    """Block until our child has ended, and leave it to be reaped."""
+    if hasattr(os, "waitid"):
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return
+    # macOS before Python 3.13.
+    kernel: Any = select
+    event = kernel.kevent(
+        pid, kernel.KQ_FILTER_PROC, kernel.KQ_EV_ADD | kernel.KQ_EV_ONESHOT, kernel.KQ_NOTE_EXIT
+    )
+    # It may be a zombie already, which cannot be watched any more.
+    with contextlib.closing(kernel.kqueue()) as queue, contextlib.suppress(ProcessLookupError):
+        queue.control([event], 1, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -41,11 +41,16 @@ class Recorder:
         earlier = incidents.list(model=spec.model_id, limit=1)
         self.last_incident_id = earlier[0].id if earlier else None
 
-    def passed(self, report: CanaryReport, load_s: float) -> None:
-        """The canary passed; ``load_s`` is the time from the spawn until then."""
+    def passed(self, report: CanaryReport, parts_s: Mapping[str, float]) -> None:
+        """The canary passed; ``parts_s`` is where the time went from the spawn until then."""
         self._metrics.canary_ended(self._spec.model_id, "pass")
-        measured = msgspec.to_builtins(report)
-        self._add("pass", "canary passed", {**measured, "load_s": round(load_s, 3)})
+        parts = {name: round(seconds, 3) for name, seconds in parts_s.items()}
+        metadata = {
+            **msgspec.to_builtins(report),
+            "load_s": round(sum(parts_s.values()), 3),
+            "load_parts_s": parts,
+        }
+        self._add("pass", "canary passed", metadata)
 
     def failed(
         self,

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.server import (
     Server,
+    alive,
     await_gone,
     polls,
     serve,
@@ -339,3 +340,83 @@ def test_two_supervisors_on_one_home(tmp_path: Path) -> None:
         assert second.returncode == 1
         assert f"pid {first.process.pid}" in output
         assert first.http.get("/healthz").status_code == 200
+
+
+SPAWNS_FAIL_ONCE = """
+import supervisor.generation as generation
+real, left = generation.WorkerProcess, [1]
+def process(*arguments, **options):
+    if left:
+        raise RuntimeError(f"can't start new thread{left.pop()}")
+    return real(*arguments, **options)
+generation.WorkerProcess = process
+"""
+
+
+def test_whatever_keeps_a_process_from_starting_is_an_answer(tmp_path: Path) -> None:
+    write_script(tmp_path, "model")
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path), patch=SPAWNS_FAIL_ONCE) as server:
+        refused = server.load("model")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (500, "internal_error")
+        assert "new thread" in refused.json()["error"]["message"]
+        view = server.await_state("model", "routable", generation=1)
+        assert view["readiness"]["crash_count"] == 0
+
+
+CANNOT_BE_KILLED = """
+import supervisor.process as process
+process.KILL_TIMEOUT_S = 0.5
+process.WorkerProcess._signal = lambda self, number: None
+"""
+
+
+def test_a_process_that_cannot_be_killed_blocks_nothing(tmp_path: Path) -> None:
+    write_script(tmp_path, "stuck", faults=[{"at": "close", "kind": "hang"}])
+    write_script(tmp_path, "other", tokens=COUNTING)
+    with serve(
+        tmp_path / "home",
+        "--models-dir",
+        str(tmp_path),
+        patch=CANNOT_BE_KILLED,
+        OPTA_LMX_STOP_GRACE_S="0.5",
+    ) as server:
+        assert server.load("stuck").status_code == 200
+        assert server.load("other").status_code == 200
+        pid = server.model("stuck")["pid"]
+        unloaded = server.http.post("/admin/models/unload", json={"model_id": "stuck"})
+        assert unloaded.status_code == 500
+        assert f"process {pid} cannot be killed" in unloaded.json()["error"]["message"]
+        assert "CRITICAL" in server.text
+        assert server.load("stuck").status_code == 200
+        assert server.model("stuck")["pid"] != pid
+        assert alive(pid)
+        os.kill(pid, signal.SIGKILL)
+        for _ in polls(10):
+            if "has ended after all" in server.text:
+                break
+        else:
+            raise AssertionError(server.text)
+        assert server.chat("other", max_tokens=1).status_code == 200
+        # The second one is as stuck as the first.
+        assert server.stop() == 0
+    await_gone([pid])
+
+
+def test_a_worker_that_hangs_before_it_is_guarded_is_a_load_that_timed_out(tmp_path: Path) -> None:
+    """Asked for its stacks, it would die of that, and be counted as killed."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(
+        "import os, time\nif 'OPTA_LMX_WORKER_BOOT' in os.environ:\n    time.sleep(600)\n"
+    )
+    write_script(tmp_path, "model")
+    with serve(
+        tmp_path / "home",
+        "--models-dir",
+        str(tmp_path),
+        PYTHONPATH=str(tmp_path / "path"),
+        OPTA_LMX_START_TIMEOUT_S="1",
+    ) as server:
+        refused = server.load("model")
+        assert refused.json()["error"]["code"] == "model_load_timeout"
+        incident = server.http.get("/admin/incidents").json()["incidents"][-1]
+        assert incident["kind"] == "load_timeout"

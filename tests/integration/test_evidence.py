@@ -54,8 +54,9 @@ def test_a_crash_mid_stream_leaves_a_whole_record(server: Server, models_dir: Pa
     assert "worker/session.py" in incident["stacks"]
     assert len(incident["in_flight"]) == 1
     assert "a secret" not in json.dumps(incident)
-    assert [moment["what"] for moment in incident["timeline"]][:4] == [
+    assert [moment["what"] for moment in incident["timeline"]][:5] == [
         "spawned",
+        "first sign of life",
         "said hello",
         "loaded",
         "routable",
@@ -167,3 +168,18 @@ def test_the_ledger_names_the_workers_that_run(server: Server, models_dir: Path)
             break
     assert pid in [worker["pid"] for worker in workers]
     os.kill(pid, 0)
+
+
+def test_a_pass_tells_where_the_time_of_its_load_went(tmp_path: Path) -> None:
+    write_script(tmp_path, "slow", load_delay_s=0.3, prefill_delay_s=0.05)
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path)) as server:
+        server.load("slow")
+        found = server.http.get("/admin/models/compatibility?model=slow").json()["records"]
+        metadata = found[0]["metadata"]
+    parts = metadata["load_parts_s"]
+    assert list(parts) == ["start", "import", "load", "canary"]
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert parts["start"] > 0
+    assert parts["load"] >= 0.3
+    assert parts["canary"] >= 0.05
+    assert metadata["load_s"] == pytest.approx(sum(parts.values()), abs=0.005)

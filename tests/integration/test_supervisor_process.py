@@ -11,8 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from supervisor.fleet import Fleet
 from supervisor.marks import MARK_ENV, home_mark
-from tests.support.server import polls, serve, start, write_script
+from supervisor.metrics import Metrics
+from supervisor.settings import Settings
+from tests.support.server import alive, polls, serve, start, write_script
 
 HEAVY = {"mlx", "mlx_lm", "llama_cpp", "transformers", "numpy", "torch", "tokenizers", "jinja2"}
 
@@ -135,3 +138,32 @@ def test_a_fault_of_the_supervisor_itself_is_a_failure_to_its_service_manager(
     )
     assert done.returncode not in {0, 2}, done.stderr
     assert not _marked(home)
+
+
+def sleeper(seconds: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sleep", seconds])
+
+
+async def test_a_start_waits_until_what_was_left_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds its memory until then. A process that was killed may take a while to end."""
+    left = sleeper("0.5")
+    monkeypatch.setattr("supervisor.fleet.kill_marked", lambda _: [left.pid])
+    fleet = Fleet(Settings(home=tmp_path), Metrics(), [], on_autoload=lambda *_: None)
+    assert not alive(left.pid)
+    left.wait()
+    await fleet.stop()
+
+
+async def test_a_start_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = sleeper("60")
+    monkeypatch.setattr("supervisor.fleet.kill_marked", lambda _: [left.pid])
+    monkeypatch.setattr("supervisor.fleet.SWEEP_TIMEOUT_S", 0.2)
+    fleet = Fleet(Settings(home=tmp_path), Metrics(), [], on_autoload=lambda *_: None)
+    assert str(left.pid) in caplog.text
+    left.kill()
+    left.wait()
+    await fleet.stop()

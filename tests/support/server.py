@@ -176,9 +176,9 @@ def write_script(folder: Path, name: str, **script: object) -> Path:
 
 
 @contextmanager
-def serve(home: Path, *arguments: str, **environment: str) -> Iterator[Server]:
+def serve(home: Path, *arguments: str, patch: str = "", **environment: str) -> Iterator[Server]:
     """Run a server until the block ends; nothing of it outlives the block."""
-    process = start(home, *arguments, **environment)
+    process = start(home, *arguments, patch=patch, **environment)
     server = Server(process)
     try:
         yield server
@@ -192,13 +192,19 @@ def serve(home: Path, *arguments: str, **environment: str) -> Iterator[Server]:
 
 
 def start(
-    home: Path, *arguments: str, port: str = "0", **environment: str
+    home: Path, *arguments: str, port: str = "0", patch: str = "", **environment: str
 ) -> subprocess.Popen[str]:
-    """Start ``opta-lmx serve`` on a free port with its state in ``home``."""
+    """Start ``opta-lmx serve`` on a free port with its state in ``home``.
+
+    ``patch`` is Python that runs in the server first, to break what can't be broken from here.
+    """
+    program = ["-m", "supervisor.cli"]
+    if patch:
+        program = ["-c", f"{patch}\nfrom supervisor.cli import main\nmain()\n"]
     return subprocess.Popen(
         [
             sys.executable,
-            *("-m", "supervisor.cli", "serve", "--port", port, "--home", str(home)),
+            *(*program, "serve", "--port", port, "--home", str(home)),
             *("--enable-simulated", *arguments),
         ],
         stdin=subprocess.DEVNULL,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import pytest
 import zmq
 
 from protocol.codec import Encoder
-from protocol.handshake import WorkerBoot
+from protocol.errors import ErrorCode
+from protocol.handshake import EXIT_FAULT, WorkerBoot
 from protocol.messages import (
     PROTOCOL_VERSION,
     BackendFault,
@@ -21,6 +25,7 @@ from protocol.messages import (
     FromWorker,
     Generate,
     Hello,
+    LoadFailed,
     Step,
     ToWorker,
 )
@@ -32,7 +37,7 @@ from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
-from supervisor.lifecycle import Event, WorkerExited, WorkerFailed
+from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed
 from supervisor.metrics import Metrics
 from supervisor.modelfiles import ModelFiles
 from supervisor.quarantine import FailureKind, Policy
@@ -51,12 +56,20 @@ class NoProcess:
 
     mark = "no-such-mark"
     pid = PID
-    exit_status = 0
+    exit_status: int | None = None
     output_tail = ""
 
     def __init__(self, boot: WorkerBoot, _: int, *, on_exit: Callable[[], None], **__: str) -> None:
-        self.exit = on_exit
+        self._on_exit = on_exit
         self.boot = boot
+
+    async def stop(self, *, grace_s: float, broken: bool) -> bool:
+        """It cannot be killed."""
+        return False
+
+    def exit(self, status: int = 0) -> None:
+        self.exit_status = status
+        self._on_exit()
 
     def describe_exit(self) -> tuple[FailureKind, str]:
         return FailureKind.EXIT, "exited with status 0"
@@ -110,7 +123,8 @@ class Scene:
             oom_kills=OomKills(),
         )
         files = ModelFiles(home / "x.sim.json", "simulated", "simulated", "", 1, "digest")
-        Generation(
+        self.ledger = services.ledger
+        self.generation = Generation(
             1,
             ModelSpec("x", files, "simulated", "1", None, None, None),
             services,
@@ -118,7 +132,8 @@ class Scene:
             post=self.events.put_nowait,
         )
         (self.process,), (self.channel,) = made, channels
-        self.peer: zmq.Socket[bytes] = self.context.socket(zmq.DEALER)
+        self.worker_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.peer: zmq.Socket[bytes] = self.worker_context.socket(zmq.DEALER)
         self.peer.connect(self.process.boot.data_endpoint)
 
     def ask(self) -> tuple[RequestStream, Step]:
@@ -151,12 +166,21 @@ class Scene:
             for _ in (hello, *said):
                 await self.channel.sizes.get()
 
-    async def end(self) -> None:
-        self.process.exit()
+    async def told(self, *kinds: type[Event]) -> list[Event]:
+        """Wait for these events, in this order and without any other."""
         async with asyncio.timeout(5):
-            while not isinstance(await self.events.get(), WorkerExited):
-                pass
+            events = [await self.events.get() for _ in kinds]
+        assert [type(event) for event in events] == [*kinds]
+        return events
+
+    async def end(self) -> None:
+        if self.process.exit_status is None:
+            self.process.exit()
+            async with asyncio.timeout(5):
+                while not isinstance(await self.events.get(), WorkerExited):
+                    pass
         self.context.destroy(linger=0)
+        self.worker_context.destroy(linger=0)
         self.sockets.cleanup()
 
 
@@ -192,3 +216,74 @@ async def test_an_answer_before_the_failure_counts(scene: Scene) -> None:
     stream, answer = scene.ask()
     await scene.hear(answer, b"\xc1")
     assert (await stream.next()).text == "text"
+
+
+@pytest.mark.parametrize("status", [-signal.SIGABRT, EXIT_FAULT])
+async def test_a_death_without_last_words_is_told_at_once(scene: Scene, status: int) -> None:
+    await scene.hear()
+    scene.peer.close(linger=0)
+    died_at = time.monotonic()
+    scene.process.exit(status)
+    await scene.told(WorkerFailed)
+    assert time.monotonic() - died_at < 0.05
+    await scene.told(WorkerExited)
+
+
+async def test_nobody_is_waited_for_who_never_connected(scene: Scene) -> None:
+    scene.peer.close(linger=0)
+    died_at = time.monotonic()
+    scene.process.exit(-signal.SIGABRT)
+    await scene.told(WorkerFailed)
+    assert time.monotonic() - died_at < 0.05
+    await scene.told(WorkerExited)
+
+
+@pytest.mark.parametrize("status", [-signal.SIGABRT, EXIT_FAULT])
+async def test_last_words_on_their_way_are_heard(scene: Scene, status: int) -> None:
+    scene.peer.send(encode(LoadFailed(ErrorCode.MODEL_INCOMPLETE, "cut off")))
+    # As a worker does at its end: it is gone once all of that is on its way.
+    scene.peer.close(linger=1000)
+    await asyncio.to_thread(scene.worker_context.term)
+    scene.process.exit(status)
+    refused, _, _ = await scene.told(LoadRefused, WorkerFailed, WorkerExited)
+    assert isinstance(refused, LoadRefused)
+    assert refused.reason == "cut off"
+
+
+async def test_the_end_is_told_when_the_helpers_are_gone_as_well(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "end_marked", lambda *_: time.sleep(0.3))
+    died_at = time.monotonic()
+    scene.process.exit(1)
+    await scene.told(WorkerFailed)
+    assert time.monotonic() - died_at < 0.2
+    await scene.told(WorkerExited)
+    assert time.monotonic() - died_at > 0.3
+
+
+async def test_helpers_that_do_not_end_hold_nobody_up_for_ever(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "HELPERS_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(generation, "end_marked", lambda *_: time.sleep(1.0))
+    died_at = time.monotonic()
+    scene.process.exit(1)
+    await scene.told(WorkerFailed, WorkerExited)
+    assert time.monotonic() - died_at < 0.9
+
+
+async def test_a_process_that_cannot_be_killed_is_given_up_and_reaped_later(scene: Scene) -> None:
+    scene.ledger.add(os.getpid())  # in its place: the ledger knows living processes only
+    scene.process.pid = os.getpid()
+    scene.generation.stop(broken=True)
+    (exited,) = await scene.told(WorkerExited)
+    assert isinstance(exited, WorkerExited)
+    assert "cannot be killed" in exited.reason
+    assert scene.generation.stuck == exited.reason
+    assert scene.generation.exit_status is None
+    assert os.getpid() in scene.ledger._workers
+    scene.process.exit(-signal.SIGKILL)
+    assert os.getpid() not in scene.ledger._workers
+    await asyncio.sleep(0.1)
+    assert scene.events.empty()
