@@ -58,7 +58,7 @@ CONSTRAINTS = {
 
 
 class TimedMask:
-    """A mask that keeps what each call took, in seconds."""
+    """A mask that keeps what each token took, in seconds: to allow some, and to accept one."""
 
     def __init__(self, mask: GrammarMask) -> None:
         self._mask = mask
@@ -71,7 +71,9 @@ class TimedMask:
         return allowed
 
     def accept(self, token: int) -> None:
+        before = self._mask.seconds
         self._mask.accept(token)
+        self.seconds[-1] += self._mask.seconds - before
 
 
 def main() -> None:
