@@ -17,6 +17,14 @@ from worker.backends.base import NonFiniteLogits, TokenLogprobs, TokenMask
 
 Logits = NDArray[numpy.float32]
 
+#: What eight bits of a mask add to the logits of their tokens. To look it up takes 20 µs
+#: for 49,000 tokens, whatever the bits; to copy where they say so up to ten times that.
+_ADDENDS = numpy.where(
+    numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1, bitorder="little"),
+    numpy.float32(0),
+    numpy.float32(-math.inf),
+)
+
 
 def logits_row(context: Any, row: int, vocab_size: int) -> Logits:
     """The library's own logits for one row of the last batch; changes reach the sampler."""
@@ -32,13 +40,16 @@ def check_finite(logits: Logits) -> None:
 
 def apply_mask(logits: Logits, mask: TokenMask, banned: Collection[int]) -> bool:
     """Rule out what the mask does not allow, and ``banned``; False if nothing is left."""
-    bits = numpy.frombuffer(mask.allowed(), numpy.uint8)
-    # Tokens beyond the bits are padded with zeros: not allowed.
-    allowed = numpy.unpackbits(bits, count=logits.size, bitorder="little")
-    if banned:
-        allowed[list(banned)] = 0
-    numpy.copyto(logits, -math.inf, where=allowed == 0)
-    return bool(allowed.any())
+    told = numpy.frombuffer(mask.allowed(), numpy.uint8)[: (logits.size + 7) // 8]
+    # Tokens beyond what the mask tells are not allowed; bits beyond the tokens say nothing.
+    bits = numpy.zeros((logits.size + 7) // 8, numpy.uint8)
+    bits[: told.size] = told
+    if logits.size % 8:
+        bits[-1] &= (1 << logits.size % 8) - 1
+    for token in banned:
+        bits[token // 8] &= 0xFF ^ 1 << token % 8
+    logits += _ADDENDS.take(bits, axis=0).reshape(-1)[: logits.size]
+    return bool(bits.any())
 
 
 class LogProbabilities:
