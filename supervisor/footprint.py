@@ -96,35 +96,6 @@ def available_bytes() -> int:
     return min(available, max(0, limit - used + _page_cache(folder)))
 
 
-class OomKills:
-    """How often the kernel's OOM killer has struck, on the whole host.
-
-    A worker that dies of SIGKILL while this grows was its victim. Reading it takes a
-    tenth of a millisecond, so it is read for all workers together, now and then.
-    """
-
-    def __init__(self, source: Path = Path("/proc/vmstat")) -> None:
-        self._source = source
-        self._count = self._before = self._read()
-
-    def refresh(self) -> None:
-        """Call it about once a second, from any thread."""
-        self._before, self._count = self._count, self._read()
-
-    def have_grown(self) -> bool:
-        """Whether it struck since the last refresh but one; False where nobody tells."""
-        now = self._read()
-        return now is not None and self._before is not None and now > self._before
-
-    def _read(self) -> int | None:
-        try:
-            text = self._source.read_bytes()
-        except OSError:
-            return None
-        _, found, rest = text.partition(b"\noom_kill ")
-        return int(rest.split(maxsplit=1)[0]) if found else None
-
-
 def _pss(pid: int) -> int:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):

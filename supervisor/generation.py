@@ -105,6 +105,8 @@ class Generation:
         self.stuck: str | None = None
         self._explained = False
         self._tasks: set[asyncio.Task[None]] = set()
+        # What was killed before cannot explain the end of what is spawned now.
+        self._oom_kills.refresh()
         with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
             death_read, self._death_write = os.pipe()
             always.callback(os.close, death_read)
@@ -137,7 +139,7 @@ class Generation:
             )
             undo.pop_all()
         self._ledger.add(self.pid)
-        now = time.monotonic()
+        now = self._spawned_at = time.monotonic()
         self._watchdog = Watchdog(
             {
                 Phase.STARTING: settings.start_timeout_s,
@@ -369,8 +371,7 @@ class Generation:
     def _was_oom_killed(self) -> bool:
         if self._stopping or self._process.exit_status != -signal.SIGKILL:
             return False
-        # The count is the host's: only what is new at the moment of a death may explain it.
-        return self._oom_kills.have_grown()
+        return self._oom_kills.claim(self._spawned_at)
 
     @property
     def phase(self) -> Phase:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from supervisor.actor import Actor
-from supervisor.footprint import FootprintMeter, OomKills, available_bytes
+from supervisor.footprint import FootprintMeter, available_bytes
 from supervisor.memory import Verdict, judge
+from supervisor.oom_kills import OomKills
 from supervisor.quarantine import FailureKind
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,6 @@ class MemoryWatch:
         workers = [(actor, actor.worker) for actor in self._actors.values()]
         pids = {worker[1]: (actor, worker[0]) for actor, worker in workers if worker}
         if not pids:
-            # Or the next worker's death would be taken for one of long ago.
             self._oom_kills.refresh()
             return
         sizes, available = await asyncio.to_thread(self._measure, list(pids))

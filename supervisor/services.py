@@ -8,11 +8,11 @@ import zmq
 
 from supervisor.accounts import AccountStore
 from supervisor.channel import SocketFolder
-from supervisor.footprint import OomKills
 from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.marks import server_mark
 from supervisor.metrics import Metrics
+from supervisor.oom_kills import OomKills
 from supervisor.quarantine import Policy
 from supervisor.registry import Registry
 from supervisor.settings import Settings

@@ -1,5 +1,6 @@
 """What is left after a failure: incidents, memory kills, the ledger of workers."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.memory_cgroup import NotAllowed, memory_cgroup
 from tests.support.server import Server, await_gone, polls, serve, write_script
 
 
@@ -183,3 +185,42 @@ def test_a_pass_tells_where_the_time_of_its_load_went(tmp_path: Path) -> None:
     assert parts["load"] >= 0.3
     assert parts["canary"] >= 0.05
     assert metadata["load_s"] == pytest.approx(sum(parts.values()), abs=0.005)
+
+
+def test_a_real_kill_by_the_kernel_is_one_for_memory(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            cgroup = stack.enter_context(memory_cgroup(600 * 1024**2))
+        except NotAllowed as reason:
+            pytest.skip(f"no cgroup: {reason}")
+        write_script(
+            tmp_path,
+            "greedy",
+            repeat=True,
+            step_delay_s=0.01,
+            faults=[{"at": "token", "n": 3, "kind": "grow", "prompt_contains": "more", "times": 1}],
+        )
+        write_script(tmp_path, "modest")
+        # The server is in it before it can look where it is.
+        into = f"open({str(cgroup / 'cgroup.procs')!r}, 'w').write('0')"
+        server = stack.enter_context(
+            serve(
+                tmp_path / "home",
+                *("--models-dir", str(tmp_path)),
+                patch=into,
+                OPTA_LMX_MEMORY_LOW_WATER_BYTES="0",
+            )
+        )
+        for name in ("greedy", "modest"):
+            assert server.load(name).status_code == 200
+        last = list(server.stream("greedy", "more"))[-1]
+        assert "out-of-memory killer" in json.loads(last)["error"]["message"]
+        view = server.await_state("greedy", "routable", generation=2)
+        assert view["readiness"]["crash_count"] == 1
+        # It explained that death, and no other one.
+        server.kill_worker("modest")
+        server.await_state("modest", "routable", generation=2)
+        kinds = {
+            i["model"]: i["kind"] for i in server.http.get("/admin/incidents").json()["incidents"]
+        }
+        assert kinds == {"greedy": "memory", "modest": "signal"}

@@ -32,7 +32,6 @@ from protocol.messages import (
 from supervisor import generation
 from supervisor.accounts import AccountStore
 from supervisor.channel import Channel, SocketFolder
-from supervisor.footprint import OomKills
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.incidents import Fingerprints, IncidentStore
@@ -40,6 +39,7 @@ from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed
 from supervisor.metrics import Metrics
 from supervisor.modelfiles import ModelFiles
+from supervisor.oom_kills import OomKills
 from supervisor.quarantine import FailureKind, Policy
 from supervisor.registry import Registry
 from supervisor.requests import Delivery, RequestTable

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from supervisor.footprint import OomKills
 from supervisor.memory import Footprint
 from supervisor.memory_watch import MemoryWatch
+from supervisor.oom_kills import OomKills
 
 LIMIT = 1_000
 
@@ -65,12 +65,12 @@ async def test_below_the_limit_an_estimate_is_enough() -> None:
     assert (actor.failed, meter.walks) == ([], 0)
 
 
-async def test_kills_of_the_time_without_workers_are_not_those_of_the_next(tmp_path: Path) -> None:
+async def test_kills_are_looked_at_while_nobody_runs(tmp_path: Path) -> None:
     source = tmp_path / "vmstat"
-    source.write_text("pgfault 12\noom_kill 4\n")
-    kills = OomKills(source)
-    idle = watch({}, kills)
-    source.write_text("pgfault 12\noom_kill 5\n")
-    await idle._look()
-    await idle._look()
-    assert not kills.have_grown()
+    source.write_text("oom_kill 4\n")
+    now = 100.0
+    kills = OomKills([source], lambda: now)
+    source.write_text("oom_kill 5\n")
+    await watch({}, kills)._look()
+    now = 200.0
+    assert not kills.claim(0.0)

@@ -1,0 +1,41 @@
+"""A cgroup with a memory limit, where this user may make one."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.server import polls
+
+_TOP = Path("/sys/fs/cgroup")
+
+
+class NotAllowed(Exception):
+    """There is no making a cgroup here."""
+
+
+@contextlib.contextmanager
+def memory_cgroup(limit: int) -> Iterator[Path]:
+    """Yields its folder; processes enter by their pid in ``cgroup.procs``. Bytes."""
+    version1 = (_TOP / "memory").is_dir()
+    folder = (_TOP / "memory" if version1 else _TOP) / f"test-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise NotAllowed(str(error)) from error
+    try:
+        try:
+            name = "memory.limit_in_bytes" if version1 else "memory.max"
+            (folder / name).write_text(str(limit))
+            if not version1:
+                (folder / "memory.swap.max").write_text("0")
+        except OSError as error:
+            raise NotAllowed(str(error)) from error
+        yield folder
+    finally:
+        for _ in polls(10):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+                break
