@@ -2,9 +2,10 @@
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from protocol.messages import Load, Sampling
 from tests.support.tiny_gemma import write_tiny_gemma
 from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_hybrid import write_tiny_hybrid
 from tests.support.tiny_mamba import write_tiny_mamba
 from tests.support.tiny_vocab import TURN_END, tiny_vocab
 from worker.backends.base import Backend, SequenceSpec, StepToken
@@ -238,6 +240,15 @@ def test_a_prompt_starts_as_soon_as_there_is_room(backend: Backend) -> None:
     assert order.index(2) > len(order) - order[::-1].index(1) - 1
 
 
+def test_states_without_cells_run_side_by_side(tmp_path: Path) -> None:
+    """Four prompts that would not have room as cells; a state is as large after any of them."""
+    specs = [spec(text(300, i), sequence_id=i, max_tokens=20) for i in range(SEQUENCES)]
+    with loaded(write_tiny_mamba(tmp_path / "mamba.gguf")) as backend:
+        for each in specs:
+            backend.admit(each)
+        assert max(len(backend.step()) for _ in range(12)) == SEQUENCES
+
+
 # --- draws --------------------------------------------------------------------
 
 
@@ -371,8 +382,124 @@ def test_recurrent_state_is_taken_up_where_an_answer_ended(tmp_path: Path) -> No
                 assert made[0].cached_tokens == (known if turn else 0)
                 assert_as_alone(tokens(made), alone, spec(conversations[i]))
                 conversations[i] += tokens(made) + text(5, turn)
-        # Only the whole of a state can be gone on from.
-        assert cached(backend, spec(conversations[0][:-8] + text(9, 7))) == 0
+        # Not what is there of it, but what was taken down on the way.
+        assert cached(backend, spec(conversations[0][:-8] + text(9, 7))) == 32
+
+
+STATEFUL: dict[str, Callable[[Path], Path]] = {
+    "recurrent": write_tiny_mamba,
+    "hybrid": write_tiny_hybrid,
+    "hybrid-window": partial(write_tiny_hybrid, window=32),
+    "window": write_tiny_gemma,
+}
+
+
+class Stateful(NamedTuple):
+    """A model whose sequences cannot be cut back, and a backend that keeps nothing."""
+
+    path: Path
+    alone: Backend
+
+
+@pytest.fixture(scope="module", params=STATEFUL)
+def stateful(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stateful]:
+    path = STATEFUL[request.param](tmp_path_factory.mktemp("stateful") / "model.gguf")
+    with loaded(path, max_sequences=1, prompt_cache_bytes=0) as alone:
+        yield Stateful(path, alone)
+
+
+def assert_found(backend: Backend, alone: Backend, prompt: Tokens, found: int) -> Tokens:
+    """So much of a prompt is there, and the answer is as if nothing were."""
+    first, *rest = run(backend, spec(prompt))[1]
+    assert first.cached_tokens == found
+    made = [first.token, *tokens(rest)]
+    assert_as_alone(made, alone, spec(prompt))
+    return made
+
+
+def test_the_same_prompt_again_computes_its_last_token_only(stateful: Stateful) -> None:
+    prompt, other = text(150, 1), text(90, 2)
+    with loaded(stateful.path) as backend:
+        for found in (0, 149, 149):
+            assert_found(backend, stateful.alone, prompt, found)
+        for found in (0, 89, 89):
+            assert_found(backend, stateful.alone, other, found)
+            assert_found(backend, stateful.alone, prompt, 149)
+
+
+def test_a_system_prompt_is_computed_until_two_have_shown_where_it_ends(
+    stateful: Stateful,
+) -> None:
+    system = text(120, 1)
+    with loaded(stateful.path) as backend:
+        assert_found(backend, stateful.alone, system + text(70, 10), 0)
+        run(backend, spec(text(9, 3)))  # for which it leaves the cells
+        assert_found(backend, stateful.alone, system + text(70, 11), 0)
+        for number in range(12, 16):
+            run(backend, spec(text(9, 3)))
+            assert_found(backend, stateful.alone, system + text(70, number), 120)
+
+
+def test_prompts_that_come_together_wait_for_where_they_part(stateful: Stateful) -> None:
+    system = text(200, 1)
+    # The first two have more in common than the others.
+    endings = [[60, *text(40, 10)], [60, *text(40, 11)], text(40, 12), text(40, 13)]
+    endings[1][1:30] = endings[0][1:30] = text(29, 9)
+    specs = [spec(system + each, sequence_id=i) for i, each in enumerate(endings)]
+    with loaded(stateful.path) as backend:
+        answers = run(backend, *specs)
+        assert [answers[i][0].cached_tokens for i in range(4)] == [0, 200, 200, 200]
+        for each in specs:
+            assert_as_alone(tokens(answers[each.sequence_id]), stateful.alone, each)
+
+
+def test_a_prompt_that_comes_while_one_alike_is_computed_waits_for_it(
+    stateful: Stateful,
+) -> None:
+    system = text(380, 1)
+    first, second = (spec(system + text(9, 10 + i), sequence_id=i) for i in range(2))
+    stream = spec(text(9, 5), sequence_id=2, max_tokens=60)
+    with loaded(stateful.path) as backend:
+        backend.admit(stream)  # so that prompts come in parts
+        while not backend.step():
+            pass
+        backend.admit(first)
+        backend.step()
+        backend.admit(second)
+        made: dict[int, list[StepToken]] = {0: [], 1: [], 2: []}
+        while len(made[0]) < 8 or len(made[1]) < 8:
+            for token in backend.step():
+                made[token.sequence_id].append(token)
+        assert [made[i][0].cached_tokens for i in range(2)] == [0, 380]
+        for each in (first, second):
+            assert_as_alone(tokens(made[each.sequence_id]), stateful.alone, each)
+        backend.cancel(2)
+
+
+def test_chats_in_turns_keep_their_states(stateful: Stateful) -> None:
+    system = text(60, 1)
+    chats = [system + text(40 + 5 * i, 10 + i) for i in range(4)]
+    with loaded(stateful.path, context_length=1024) as backend:
+        for turn in range(3):
+            for number, chat in enumerate(chats):
+                made = run(backend, spec(chat))[1]
+                least = len(chat) - 41 if turn else 60 * (number > 1)
+                assert made[0].cached_tokens >= least
+                assert_as_alone(tokens(made), stateful.alone, spec(chat))
+                chats[number] = chat + tokens(made) + text(40, turn)
+        # The last message of the first one is written anew.
+        edited = chats[0][:-80]
+        assert cached(backend, spec(edited + text(50, 33))) >= len(edited) - 60
+
+
+def test_states_are_bounded(stateful: Stateful) -> None:
+    with loaded(stateful.path, prompt_cache_bytes=100_000) as backend:
+        pool = backend._scheduler._pool  # type: ignore[attr-defined]
+        for number in range(12):
+            run(backend, *(spec(text(90, number % 5 + i), sequence_id=i) for i in range(3)))
+            assert pool.nbytes <= 100_000
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +524,7 @@ def test_a_copy_has_no_more_than_the_window_and_is_not_cut(windowed: Path) -> No
 
 def test_what_a_window_has_slid_past_is_not_waited_for(windowed: Path) -> None:
     shared = text(100, 1)
-    with loaded(windowed) as backend:
+    with loaded(windowed, prompt_cache_bytes=0) as backend:
         backend.admit(spec(shared, sequence_id=1, max_tokens=400))
         for _ in range(200):
             backend.step()
@@ -568,20 +695,33 @@ requests = st.builds(
 acts = st.one_of(requests, st.integers(1, 40), st.sampled_from(["cancel first", "cancel last"]))
 
 
-@settings(
+any_order = settings(
     deadline=None,
     max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(
-    kind=st.sampled_from(KINDS),
-    schedule=st.lists(acts, max_size=20),
-    keep=st.sampled_from([None, 0, 150 * 1024]),
-)
+schedules = st.lists(acts, max_size=20)
+bounds = st.sampled_from([None, 0, 150 * 1024])
+
+
+@any_order
+@given(kind=st.sampled_from(KINDS), schedule=schedules, keep=bounds)
 def test_in_any_schedule_each_answers_as_alone(
     cases: dict[str, Case], kind: str, schedule: list[Any], keep: int | None
 ) -> None:
-    path, sampling, alone = cases[kind]
+    assert_each_as_alone(cases[kind], schedule, keep)
+
+
+@any_order
+@given(schedule=schedules, keep=bounds)
+def test_in_any_schedule_each_answers_as_alone_with_a_state(
+    stateful: Stateful, schedule: list[Any], keep: int | None
+) -> None:
+    assert_each_as_alone(Case(stateful.path, GREEDY, stateful.alone), schedule, keep)
+
+
+def assert_each_as_alone(case: Case, schedule: list[Any], keep: int | None) -> None:
+    path, sampling, alone = case
     answers: dict[int, Tokens] = {}
     admitted: dict[int, SequenceSpec] = {}
     running: list[int] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy
 
@@ -32,19 +33,45 @@ def common_length(first: array[int], second: array[int]) -> int:
     return index if differs[index] else count
 
 
+@dataclass(slots=True, eq=False)
+class Checkpoint:
+    """A copy, in host memory, of the state after ``length`` tokens: of that part of it
+    that later tokens change. With the cells of these tokens it is the whole.
+
+    ``used`` tells which of two was used last.
+    """
+
+    length: int
+    data: memoryview
+    used: int
+
+
 class CachedSequence:
     """One sequence of the KV cache: the first ``length`` of ``tokens`` are in it.
 
     ``slot`` is its id in the library. Whoever decodes for the sequence appends to
     ``tokens`` and moves ``length`` on; what it adds belongs to a run of its own.
+    ``checkpoints`` are where it can be gone on from although it is longer now,
+    ``stops`` where others will be taken; the shortest come first.
     """
 
-    __slots__ = ("_run", "_run_start", "_shared", "length", "slot", "tokens")
+    __slots__ = (
+        "_run",
+        "_run_start",
+        "_shared",
+        "checkpoints",
+        "length",
+        "slot",
+        "stops",
+        "tokens",
+    )
 
     def __init__(self, slot: int, tokens: array[int], run: int) -> None:
         self.slot = slot
         self.tokens = tokens
         self.length = 0
+        self.checkpoints: list[Checkpoint] = []
+        self.stops: list[int] = []
         self._shared: list[Span] = []
         self._run = run
         self._run_start = 0
@@ -57,8 +84,13 @@ class CachedSequence:
             (run, start, min(stop, end)) for run, start, stop in (*self._shared, own) if start < end
         ]
 
+    def checkpoints_within(self, length: int) -> list[Checkpoint]:
+        """Those of its first ``length`` tokens, the shortest first."""
+        return [each for each in self.checkpoints if each.length <= length]
+
     def begin_with(self, source: CachedSequence, length: int) -> None:
         """Share the first ``length`` cells of ``source``; what comes next is this one's own."""
+        self.checkpoints = source.checkpoints_within(length)
         self._shared = source.spans(length)
         self._run_start = self.length = length
 

@@ -1,4 +1,4 @@
-"""The KV cache of one libllama context, as ``worker.backends.llama_pool`` wants it."""
+"""The KV cache of one libllama context, as ``worker.backends.llama_keep`` wants it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import llama_cpp
 import numpy
 
-from worker.backends.llama_pool import Traits
+from worker.backends.llama_keep import Traits
 
 #: The library's bound of sequences in one context.
 MAX_SEQUENCES = 256
 
-
+_FLAGS = (llama_cpp.LLAMA_STATE_SEQ_FLAGS_NONE, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
 _BYTES = ctypes.POINTER(ctypes.c_uint8)
 
 
@@ -23,12 +23,17 @@ class StateLost(Exception):
 
 def read_traits(model: Any) -> Traits:
     """What can be done to a sequence of this model."""
-    recurrent = llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model)
-    return Traits(window=llama_cpp.llama_model_n_swa(model), divisible=not recurrent)
+    hybrid = llama_cpp.llama_model_is_hybrid(model)
+    recurrent = llama_cpp.llama_model_is_recurrent(model)
+    return Traits(
+        window=llama_cpp.llama_model_n_swa(model),
+        divisible=not (recurrent or hybrid),
+        takes_cells=hybrid or not recurrent,
+    )
 
 
 class NativeMemory:
-    """``worker.backends.llama_pool.Memory`` on a context, which must outlive it."""
+    """``worker.backends.llama_keep.Memory`` on a context, which must outlive it."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -43,21 +48,22 @@ class NativeMemory:
     def first_position(self, slot: int) -> int:
         return int(llama_cpp.llama_memory_seq_pos_min(self._memory, slot))
 
-    def size(self, slot: int) -> int:
-        return int(llama_cpp.llama_state_seq_get_size(self._context, slot))
+    def size(self, slot: int, *, partial: bool = False) -> int:
+        return int(llama_cpp.llama_state_seq_get_size_ext(self._context, slot, _FLAGS[partial]))
 
-    def save(self, slot: int) -> memoryview:
+    def save(self, slot: int, *, partial: bool = False) -> memoryview:
         # Not from ctypes, which would fill it with zeros first.
-        data = numpy.empty(self.size(slot), numpy.uint8)
-        saved = llama_cpp.llama_state_seq_get_data(
-            self._context, data.ctypes.data_as(_BYTES), data.size, slot
+        data = numpy.empty(self.size(slot, partial=partial), numpy.uint8)
+        saved = llama_cpp.llama_state_seq_get_data_ext(
+            self._context, data.ctypes.data_as(_BYTES), data.size, slot, _FLAGS[partial]
         )
         if saved != data.size:
             raise StateLost(f"only {saved} of {data.size} bytes of a sequence could be saved")
         return data.data
 
-    def restore(self, slot: int, data: memoryview) -> bool:
+    def restore(self, slot: int, data: memoryview, *, partial: bool = False) -> bool:
         source = numpy.frombuffer(data, numpy.uint8).ctypes.data_as(_BYTES)
-        return bool(
-            llama_cpp.llama_state_seq_set_data(self._context, source, len(data), slot) == len(data)
+        restored = llama_cpp.llama_state_seq_set_data_ext(
+            self._context, source, len(data), slot, _FLAGS[partial]
         )
+        return bool(restored == len(data))

@@ -5,15 +5,22 @@ steps: attention looks at its mask (with SmolLM2-135M a step takes 14 % longer
 beside 4,000 such cells). So what is kept of ended sequences moves out of the
 cache, to host memory, as soon as anything runs, and back when a prompt begins
 alike: that is a copy, hundreds of times faster than computing it again.
+
+Where a sequence cannot be cut back to any length, because its state is recurrent or a
+window has slid on, it gets checkpoints: at the end of its prompt, for the next turn of
+a conversation and for the same prompt again, where it parts from other prompts, as a
+third may begin as both do, and where it went on from what was kept.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from worker.backends.llama_cells import CachedSequence, common_length, count_cells
+from worker.backends.llama_cells import CachedSequence, Checkpoint, common_length, count_cells
+from worker.backends.llama_keep import Keep, Memory, Prefix, Traits
 
 #: What is kept is used up, not copied, if the prompt goes on from its last part.
 _LAST_PART = 1 / 8
@@ -21,60 +28,18 @@ _LAST_PART = 1 / 8
 _RESTORE_COST = 1 / 16
 
 
-class Memory(Protocol):
-    """What the pool asks of the library; sequences go by their slots."""
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Let ``target``, which is empty, share the first ``length`` cells of ``source``."""
-
-    def trim(self, slot: int, length: int) -> bool:
-        """Keep the first ``length`` cells; False if only all can be removed."""
-
-    def first_position(self, slot: int) -> int:
-        """The first position that is still there, where a window slides."""
-
-    def size(self, slot: int) -> int:
-        """Bytes that a copy of the sequence takes."""
-
-    def save(self, slot: int) -> memoryview:
-        """A copy of the sequence in host memory."""
-
-    def restore(self, slot: int, data: memoryview) -> bool:
-        """Fill an empty slot from a copy; False, and still empty, if there is no room."""
-
-
-class Traits(NamedTuple):
-    """What the model's kind of memory allows.
-
-    ``window``: tokens that a sliding window sees (0: all). ``divisible``: a sequence
-    can be cut anywhere; recurrent state only exists for the whole of it.
-    """
-
-    window: int = 0
-    divisible: bool = True
-
-
-class _Prefix:
-    """What is kept of an ended sequence: in its cells, or as ``data`` in host memory."""
-
-    __slots__ = ("data", "first", "sequence")
-
-    def __init__(self, sequence: CachedSequence, first: int) -> None:
-        self.sequence = sequence
-        self.first = first
-        self.data: memoryview | None = None
-
-
 class Match(NamedTuple):
     """How a prompt may begin: with ``length`` tokens of a running or a kept sequence.
 
-    ``promised`` is what it will be once running sequences have computed their prompts.
+    That takes its ``checkpoint`` if there is one. ``promised`` is what the length will be
+    once running sequences have computed their prompts.
     """
 
     running: CachedSequence | None = None
-    kept: _Prefix | None = None
+    kept: Prefix | None = None
     length: int = 0
     promised: int = 0
+    checkpoint: Checkpoint | None = None
 
 
 class KvPool:
@@ -87,85 +52,109 @@ class KvPool:
     def __init__(
         self, memory: Memory, cells: int, slots: int, keep_bytes: int | None, traits: Traits
     ) -> None:
+        self.traits = traits
         self._memory = memory
         self._cells = cells
-        self._slots = slots
         self._free_slots = list(reversed(range(slots)))
-        self._keep_bytes = keep_bytes
-        self._full_bytes = 0
-        self.traits = traits
+        self._keeps = keep_bytes != 0
+        self._keep = Keep(memory, cells, slots, keep_bytes, traits)
+        self._running = self._keep.running
+        self._resident: list[Prefix] = []  # what is kept and still in its cells
         self._runs = count()
-        self._running: list[CachedSequence] = []
-        self._kept: list[_Prefix] = []  # the least recently used first
-        self._resident: list[_Prefix] = []  # those of them that are still in their cells
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept in host memory."""
+        return self._keep.nbytes
 
     def find(self, tokens: array[int]) -> Match:
         """The longest beginning of a prompt that is there; never with its last token."""
         limit = len(tokens) - 1
-        running, kept, best, promised = None, None, 0, 0
-        if self.traits.divisible:
-            for sequence in self._running:
-                common = min(common_length(tokens, sequence.tokens), limit)
-                usable = min(common, sequence.length)
-                if usable < common:  # else it is there now, or a window has slid past it
-                    promised = max(promised, common)
-                first = self._memory.first_position(sequence.slot) if self.traits.window else 0
-                if usable > best and self._reaches(first, usable):
-                    running, best = sequence, usable
-        for prefix in self._kept:
-            length = prefix.sequence.length
-            usable = min(common_length(tokens, prefix.sequence.tokens), limit)
-            if usable < length and not self.traits.divisible:
+        best, promised = Match(), 0
+        for sequence in self._running:
+            common = min(common_length(tokens, sequence.tokens), limit)
+            if not common:
                 continue
-            cost = 0.0 if prefix.data is None else length * _RESTORE_COST
-            if usable - best > cost and self._reaches(prefix.first, usable):
-                running, kept, best = None, prefix, usable
-        return Match(running, kept, best, max(best, promised))
+            if self.traits.divisible:
+                soon = common if sequence.length < common else 0
+            else:
+                soon = max((stop for stop in sequence.stops if stop <= common), default=0)
+            promised = max(promised, soon)
+            first = self._memory.first_position(sequence.slot) if self.traits.window else 0
+            usable, checkpoint = self._usable(sequence, min(common, sequence.length), first)
+            if usable > best.length:
+                best = Match(running=sequence, length=usable, checkpoint=checkpoint)
+        for prefix in self._keep.prefixes:
+            kept = prefix.sequence
+            common = min(common_length(tokens, kept.tokens), limit)
+            usable, checkpoint = self._usable(kept, common, prefix.first)
+            if common == kept.length and not self.traits.divisible:
+                usable, checkpoint = common, None
+            if usable - best.length > self._restore_cost(prefix):
+                best = Match(kept=prefix, length=usable, checkpoint=checkpoint)
+        return best._replace(promised=max(best.length, promised))
 
     def fits(self, tokens: array[int], match: Match, reserve: int) -> bool:
         """Whether a prompt and ``reserve`` cells have room beside the running sequences."""
         shared = match.length if match.running else 0
-        return count_cells(self._running) + len(tokens) - shared + reserve <= self._cells
+        return self._has_room(len(tokens) - shared + reserve)
 
-    def start(self, tokens: array[int], match: Match) -> CachedSequence:
-        """Let a sequence run, with as much of its beginning as can be had."""
-        length = match.length
+    def start(self, tokens: array[int], match: Match, forks: Iterable[int] = ()) -> CachedSequence:
+        """Let a sequence run, with as much of its beginning as can be had.
+
+        ``forks`` is how much of it others have that will run.
+        """
+        known = self._longest_alike(tokens) if self._keep.takes_checkpoints else 0
         if match.kept is not None:
-            self._touch(match.kept)
+            self._keep.touch(match.kept, match.checkpoint)
         if match.kept is not None and match.kept.data is None:
-            sequence = self._take_over(match.kept, tokens, length)
+            sequence = self._take_over(match.kept, tokens, match)
             self._store_resident()
         else:
             self._store_resident()
             sequence = CachedSequence(self._free_slots.pop(), tokens, next(self._runs))
             if match.kept is not None:
-                self._restore(match.kept, sequence, length)
+                self._restore(match.kept, sequence, match)
             elif match.running is not None:
-                self._memory.copy(match.running.slot, sequence.slot, length)
-                sequence.begin_with(match.running, length)
+                self._share(match.running, sequence, match)
         self._running.append(sequence)
+        self._keep.take_checkpoint(sequence)
+        for length in sorted({*forks, known, len(tokens) - 1}):
+            self._keep.add_stop(sequence, length)
         return sequence
+
+    def computed(self, sequence: CachedSequence, length: int) -> None:
+        """So many tokens of a running sequence are in the cache now."""
+        sequence.length = length
+        if sequence.stops and sequence.stops[0] <= length:
+            self._keep.take_checkpoint(sequence)
+
+    def fork(self, sequence: CachedSequence, length: int) -> None:
+        """Another prompt, which has just come, begins with so much of a running one."""
+        self._keep.add_stop(sequence, length)
 
     def end(self, sequence: CachedSequence) -> None:
         """A sequence no longer runs: what is computed of it is kept for others."""
         self._running.remove(sequence)
         sequence.tokens = sequence.tokens[: sequence.length]
-        if self._keep_bytes == 0 or not sequence.length:
+        sequence.stops = []
+        if not self._keeps or not sequence.length:
             self._release(sequence.slot)
             return
-        if self.traits.divisible:
-            for other in tuple(self._kept):
-                common = common_length(sequence.tokens, other.sequence.tokens)
-                if common == other.sequence.length:
-                    self._forget(other)
-                elif common == sequence.length:
-                    self._release(sequence.slot)
-                    self._touch(other)
-                    return
-        window = self.traits.window
-        first = self._memory.first_position(sequence.slot) if window else 0
-        prefix = _Prefix(sequence, first)
-        self._kept.append(prefix)
+        for other in tuple(self._keep.prefixes):
+            kept = other.sequence
+            common = common_length(sequence.tokens, kept.tokens)
+            if common == kept.length and self._stands_for(sequence, common):
+                self._keep.hand_over(kept, sequence)
+                self._forget(other)
+            elif common == sequence.length and self._stands_for(kept, common):
+                self._keep.hand_over(sequence, kept)
+                self._release(sequence.slot)
+                self._keep.touch(other)
+                return
+        first = self._memory.first_position(sequence.slot) if self.traits.window else 0
+        prefix = Prefix(sequence, first)
+        self._keep.prefixes.append(prefix)
         self._resident.append(prefix)
 
     def cut(self, sequence: CachedSequence) -> None:
@@ -177,91 +166,99 @@ class KvPool:
         if self._resident and self._running:
             self._store_resident()
 
-    def _take_over(self, prefix: _Prefix, tokens: array[int], length: int) -> CachedSequence:
+    def _take_over(self, prefix: Prefix, tokens: array[int], match: Match) -> CachedSequence:
         """Go on in the cells of a kept sequence."""
         kept = prefix.sequence
         self._resident.remove(prefix)
-        if _is_used_up(prefix, length):
-            self._kept.remove(prefix)
+        if _is_used_up(prefix, match.length):
+            self._keep.prefixes.remove(prefix)
         else:
-            self._store(prefix)
+            self._keep.store(prefix)
         sequence = CachedSequence(kept.slot, tokens, next(self._runs))
-        if self._trim(kept, length):
-            sequence.begin_with(kept, length)
+        if self._go_back(sequence, kept.length, match):
+            sequence.begin_with(kept, match.length)
         return sequence
 
-    def _restore(self, prefix: _Prefix, sequence: CachedSequence, length: int) -> None:
+    def _restore(self, prefix: Prefix, sequence: CachedSequence, match: Match) -> None:
         """Bring a kept sequence back for a new one, if there is room for the whole of it."""
         kept = prefix.sequence
-        has_room = count_cells(self._running) + kept.length <= self._cells
-        if prefix.data is None or not has_room:
+        if prefix.data is None or not self._has_room(kept.length):
             return
-        if not self._memory.restore(sequence.slot, prefix.data):
+        # Where nothing takes cells, a checkpoint is the whole.
+        whole = match.checkpoint is None or self.traits.takes_cells
+        if whole and not self._memory.restore(sequence.slot, prefix.data):
+            self._memory.trim(sequence.slot, 0)
             return
-        kept.slot = sequence.slot
-        if self._trim(kept, length):
-            sequence.length = length
-        if _is_used_up(prefix, length) and prefix in self._kept:
-            self._kept.remove(prefix)
+        if self._go_back(sequence, kept.length, match):
+            sequence.length = match.length
+            sequence.checkpoints = kept.checkpoints_within(match.length)
+        if _is_used_up(prefix, match.length) and prefix in self._keep.prefixes:
+            self._keep.prefixes.remove(prefix)
 
-    def _trim(self, kept: CachedSequence, length: int) -> bool:
-        """Cut to ``length`` tokens; False if that left none at all."""
-        if length == kept.length or self._memory.trim(kept.slot, length):
+    def _share(self, source: CachedSequence, sequence: CachedSequence, match: Match) -> None:
+        """Begin with the cells of a running sequence."""
+        self._memory.copy(source.slot, sequence.slot, match.length)
+        if match.checkpoint is None or self._go_back(sequence, match.length, match):
+            sequence.begin_with(source, match.length)
+
+    def _go_back(self, sequence: CachedSequence, length: int, match: Match) -> bool:
+        """Cut what is in a slot, ``length`` tokens, to the match; False: nothing is left."""
+        memory, slot, checkpoint = self._memory, sequence.slot, match.checkpoint
+        restored = checkpoint is None or memory.restore(slot, checkpoint.data, partial=True)
+        if restored and (match.length == length or memory.trim(slot, match.length)):
             return True
-        self._memory.trim(kept.slot, 0)
+        memory.trim(slot, 0)
         return False
 
     def _store_resident(self) -> None:
         for prefix in self._resident:
-            self._store(prefix)
+            self._keep.store(prefix)
             self._release(prefix.sequence.slot)
         self._resident.clear()
 
-    def _store(self, prefix: _Prefix) -> None:
-        """Copy what is kept to host memory, or give it up if it is over the bound."""
-        sequence = prefix.sequence
-        size = self._memory.size(sequence.slot)
-        bound = self._bound(size, sequence.length)
-        if size > bound:
-            self._kept.remove(prefix)
-            return
-        while sum(len(other.data or b"") for other in self._kept) + size > bound:
-            self._kept.remove(next(other for other in self._kept if other.data is not None))
-        prefix.data = self._memory.save(sequence.slot)
-        if self.traits.window:
-            # The library leaves out of a copy what the window has slid past.
-            prefix.first = max(prefix.first, sequence.length - self.traits.window)
+    def _usable(
+        self, sequence: CachedSequence, length: int, first: int
+    ) -> tuple[int, Checkpoint | None]:
+        """How much of its first ``length`` tokens can be gone on from, and with what."""
+        if self.traits.divisible and self._reaches(first, length):
+            return length, None
+        within = sequence.checkpoints_within(length)
+        return (within[-1].length, within[-1]) if within else (0, None)
 
-    def _bound(self, size: int, length: int) -> int:
-        """Bytes that all copies may take; by default what a full cache is known to take."""
-        if self._keep_bytes is not None:
-            return self._keep_bytes
-        if self.traits.divisible:
-            return size * self._cells // length
-        # A state is as large after one token, but there are no more of them than slots.
-        fitting = min(self._slots, self._cells // length)
-        self._full_bytes = max(self._full_bytes, size * fitting)
-        return self._full_bytes
+    def _stands_for(self, sequence: CachedSequence, length: int) -> bool:
+        """Whether it can be cut back to so many tokens, also when it is in host memory."""
+        if length == sequence.length or not self.traits.has_state:
+            return True
+        return any(each.length == length for each in sequence.checkpoints)
+
+    def _longest_alike(self, tokens: array[int]) -> int:
+        others = (*self._running, *(prefix.sequence for prefix in self._keep.prefixes))
+        return max((common_length(tokens, other.tokens) for other in others), default=0)
+
+    def _has_room(self, cells: int) -> bool:
+        return not self.traits.takes_cells or count_cells(self._running) + cells <= self._cells
+
+    def _restore_cost(self, prefix: Prefix) -> float:
+        """In tokens that could be computed instead."""
+        if prefix.data is None or not self.traits.takes_cells:
+            return 0.0
+        return prefix.sequence.length * _RESTORE_COST
 
     def _reaches(self, first: int, length: int) -> bool:
         """Whether all is there that the token after ``length`` others looks at."""
         # The cells that a window has slid past may have been given to others.
         return first <= max(0, length - self.traits.window) if self.traits.window else True
 
-    def _forget(self, prefix: _Prefix) -> None:
-        self._kept.remove(prefix)
+    def _forget(self, prefix: Prefix) -> None:
+        self._keep.prefixes.remove(prefix)
         if prefix in self._resident:
             self._resident.remove(prefix)
             self._release(prefix.sequence.slot)
-
-    def _touch(self, prefix: _Prefix) -> None:
-        self._kept.remove(prefix)
-        self._kept.append(prefix)
 
     def _release(self, slot: int) -> None:
         self._memory.trim(slot, 0)
         self._free_slots.append(slot)
 
 
-def _is_used_up(prefix: _Prefix, length: int) -> bool:
+def _is_used_up(prefix: Prefix, length: int) -> bool:
     return prefix.sequence.length * (1 - _LAST_PART) <= length

@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import llama_cpp
 
 from worker.backends.base import SequenceSpec, StepToken, TokenLogprobs
 from worker.backends.llama_batch import DecodeBatch
-from worker.backends.llama_cells import CachedSequence, token_array
+from worker.backends.llama_cells import CachedSequence, common_length, token_array
 from worker.backends.llama_library import LOG
 from worker.backends.llama_logits import LogProbabilities, apply_mask, check_finite, logits_row
 from worker.backends.llama_pool import KvPool, Match
@@ -55,7 +55,7 @@ class _Sequence:
     ``cached`` is nowhere until its prefill starts, and again after a preemption.
     It decodes while all tokens but the last are in the cache. ``found``: tokens that
     were there already, until that is told. ``drafted``: there may be cells behind its
-    cached length, of guesses.
+    cached length, of guesses. ``forks``: how much of it others have that waited with it.
     """
 
     spec: SequenceSpec
@@ -67,6 +67,7 @@ class _Sequence:
     found: int = 0
     answered: bool = False
     drafted: bool = False
+    forks: set[int] = field(default_factory=set)
 
 
 class _Chunk(NamedTuple):
@@ -104,17 +105,18 @@ class Scheduler:
         self._blocked = False
 
     def admit(self, spec: SequenceSpec) -> None:
-        self._waiting.append(
-            _Sequence(
-                spec=spec,
-                tokens=token_array(spec.prompt),
-                sampler=Sampler(spec, self._vocabulary, self._context_length),
-                remaining=spec.max_tokens,
-                inspects=bool(
-                    spec.validate_logits or spec.mask is not None or spec.top_logprobs is not None
-                ),
-            )
+        sequence = _Sequence(
+            spec=spec,
+            tokens=token_array(spec.prompt),
+            sampler=Sampler(spec, self._vocabulary, self._context_length),
+            remaining=spec.max_tokens,
+            inspects=bool(
+                spec.validate_logits or spec.mask is not None or spec.top_logprobs is not None
+            ),
         )
+        if self._pool.traits.has_state:
+            self._note_forks(sequence)
+        self._waiting.append(sequence)
 
     def step(self) -> list[StepToken]:
         batch, decoding = self._batch, self._decoding
@@ -145,7 +147,7 @@ class Scheduler:
             sequence.cached.length += 1
         for sequence, end, row in chunks:
             self.prefilled += end - sequence.cached.length
-            sequence.cached.length = end
+            self._pool.computed(sequence.cached, end)
             if row is not None:
                 rows.append((row, sequence))
                 decoding.append(self._waiting.popleft())
@@ -204,17 +206,32 @@ class Scheduler:
             affordable = self._pace.fitting(_PAUSE_SECONDS)
             room = min(room, max(_SMALLEST_CHUNK, min(affordable, _LARGEST_CHUNK)))
         chunks: list[_Chunk] = []
+        complete = True
         for sequence in self._waiting:
             if not room or (sequence.cached is _NOWHERE and not self._start(sequence)):
                 break
             tokens, start = sequence.tokens, sequence.cached.length
-            part = tokens[start : start + room]
-            end = start + len(part)
+            # None is complete before those that came earlier.
+            last = len(tokens) if complete else len(tokens) - 1
+            end = min(start + room, last, *sequence.cached.stops[:1])
+            if end == start:
+                break
+            part = tokens[start:end]
             complete = end == len(tokens)
             batch.add_prompt(part, start, sequence.cached.slot, complete=complete)
             room -= len(part)
             chunks.append(_Chunk(sequence, end, batch.size - 1 if complete else None))
         return chunks
+
+    def _note_forks(self, sequence: _Sequence) -> None:
+        """Where a new prompt parts from those that have not been computed yet."""
+        for other in self._waiting:
+            common = common_length(sequence.tokens, other.tokens)
+            sequence.forks.add(common)
+            if other.cached is _NOWHERE:
+                other.forks.add(common)
+            else:
+                self._pool.fork(other.cached, common)
 
     def _start(self, sequence: _Sequence) -> bool:
         """Find a place in the cache for a prompt, if there is one now."""
@@ -229,7 +246,7 @@ class Scheduler:
             if not self._pool.fits(sequence.tokens, match, reserve):
                 self._blocked = True
                 return False
-        sequence.cached = self._pool.start(sequence.tokens, match)
+        sequence.cached = self._pool.start(sequence.tokens, match, sequence.forks)
         if not sequence.answered:
             sequence.found = sequence.cached.length
         return True

@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("numpy")
 from worker.backends.llama_cells import CachedSequence, common_length, count_cells, token_array
-from worker.backends.llama_pool import KvPool, Match, Traits
+from worker.backends.llama_keep import Traits
+from worker.backends.llama_pool import KvPool, Match
 
 CELL_BYTES = 10
 
@@ -12,47 +13,66 @@ CELL_BYTES = 10
 class FakeMemory:
     """Positions per slot; ``lost`` of them have been overwritten at the beginning.
 
-    A copy takes ``state_bytes`` whatever the length, if that is not 0.
+    A copy takes ``CELL_BYTES`` for each of them, and ``state_bytes`` in any case, which
+    is what a partial copy takes.
     """
 
-    def __init__(self, *, divisible: bool = True) -> None:
+    def __init__(self, traits: Traits) -> None:
         self.lengths: dict[int, int] = {}
         self.copies: list[tuple[int, int, int]] = []
         self.saved = 0
+        self.checkpoints = 0
         self.restored = 0
         self.lost = 0
-        self.state_bytes = 0
+        self.state_bytes = 0 if traits.divisible else 100
         self.refuses = False
-        self._divisible = divisible
+        self._traits = traits
+        self._states: dict[int, int] = {}  # how many tokens the state in a slot has seen
+
+    def compute(self, slot: int, length: int) -> None:
+        self.lengths[slot] = self._states[slot] = length
 
     def copy(self, source: int, target: int, length: int) -> None:
         assert not self.lengths.get(target)
         assert length <= self.lengths[source]
         self.lengths[target] = length
+        self._states[target] = self._states[source]
         self.copies.append((source, target, length))
 
     def trim(self, slot: int, length: int) -> bool:
-        if length and not self._divisible:
+        if length and not self._traits.divisible and self._states[slot] > length:
             return False
         self.lengths[slot] = min(length, self.lengths.get(slot, 0))
+        self._states[slot] = min(length, self._states.get(slot, 0))
         return True
 
     def first_position(self, slot: int) -> int:
         return self.lost
 
-    def size(self, slot: int) -> int:
-        return self.state_bytes or self.lengths[slot] * CELL_BYTES
+    def size(self, slot: int, *, partial: bool = False) -> int:
+        cells = self._traits.takes_cells and not partial
+        return self.state_bytes + cells * self.lengths[slot] * CELL_BYTES
 
-    def save(self, slot: int) -> memoryview:
-        self.saved += 1
-        return memoryview(bytes(self.size(slot)))
+    def save(self, slot: int, *, partial: bool = False) -> memoryview:
+        if partial:
+            self.checkpoints += 1
+        else:
+            self.saved += 1
+        data = bytearray(self.size(slot, partial=partial))
+        data[:2] = self.lengths[slot].to_bytes(2, "big")
+        return memoryview(data)
 
-    def restore(self, slot: int, data: memoryview) -> bool:
-        assert not self.lengths.get(slot)
+    def restore(self, slot: int, data: memoryview, *, partial: bool = False) -> bool:
+        assert partial or not self.lengths.get(slot)
         if self.refuses:
             return False
-        self.restored += 1
-        self.lengths[slot] = len(data) // CELL_BYTES
+        length = int.from_bytes(data[:2], "big")
+        self._states[slot] = length
+        if partial and self._traits.takes_cells:
+            assert self.lengths[slot] >= length
+        else:
+            self.restored += 1
+            self.lengths[slot] = length
         return True
 
 
@@ -61,17 +81,19 @@ class Rig:
 
     def __init__(self, *, keep_bytes: int | None = None, traits: Traits | None = None) -> None:
         traits = traits or Traits()
-        self.memory = FakeMemory(divisible=traits.divisible)
+        self.memory = FakeMemory(traits)
         self.pool = KvPool(self.memory, 1000, 3, keep_bytes, traits)
 
-    def start(self, tokens: str) -> tuple[CachedSequence, int]:
+    def start(self, tokens: str, *forks: int) -> tuple[CachedSequence, int]:
         """Start a sequence and compute its prompt; also how much of it was there."""
         prompt = token_array(map(ord, tokens))
         self.pool.settle()
-        sequence = self.pool.start(prompt, self.pool.find(prompt))
+        sequence = self.pool.start(prompt, self.pool.find(prompt), forks)
         found = sequence.length
         assert self.memory.lengths.get(sequence.slot, 0) == found
-        sequence.length = self.memory.lengths[sequence.slot] = len(prompt)
+        for length in (*sequence.stops, len(prompt)):
+            self.memory.compute(sequence.slot, length)
+            self.pool.computed(sequence, length)
         return sequence, found
 
     def once(self, tokens: str) -> int:
@@ -229,15 +251,111 @@ def test_room_is_what_running_sequences_leave() -> None:
     assert not rig.pool.fits(prompt, Match(), 0)
 
 
-def test_recurrent_state_is_used_whole_or_not_at_all() -> None:
-    rig = Rig(traits=Traits(divisible=False))
+STATES = [Traits(divisible=False), Traits(divisible=False, takes_cells=False)]
+
+
+@pytest.mark.parametrize("traits", STATES, ids=["hybrid", "recurrent"])
+def test_recurrent_state_is_gone_on_from_where_there_is_a_copy(traits: Traits) -> None:
+    rig = Rig(traits=traits)
     rig.once("a" * 100)
-    assert rig.once("a" * 99 + "b") == 0
+    assert rig.once("a" * 98 + "b") == 0  # its only checkpoint is after 99
     assert rig.once("a" * 100 + "b") == 100
-    assert rig.once("a" * 100 + "c") == 0
-    running, _ = rig.start("d" * 10)
-    assert rig.start("d" * 10 + "e")[1] == 0
-    rig.pool.end(running)
+    assert rig.once("a" * 100 + "b" * 50) == 101
+    assert rig.once("a" * 100 + "b" + "c") == 99  # 100 was too near to be worth another
+    assert rig.once("a" * 100) == 99
+
+
+@pytest.mark.parametrize("traits", [*STATES, Traits(window=20)], ids=["hybrid", "state", "window"])
+def test_a_third_prompt_begins_where_two_have_parted(traits: Traits) -> None:
+    rig = Rig(traits=traits)
+    system = "s" * 200
+    for letter, found in (("a", 0), ("b", 0), ("c", 200), ("d", 200)):
+        rig.memory.lost = 180  # of windows, all but the end
+        assert rig.once(system + letter * 100) == found
+        rig.once("x")
+
+
+@pytest.mark.parametrize("traits", STATES, ids=["hybrid", "recurrent"])
+def test_a_running_state_is_shared_where_it_has_a_checkpoint(traits: Traits) -> None:
+    rig = Rig(traits=traits)
+    first, _ = rig.start("a" * 200 + "b" * 50, 200)
+    assert rig.start("a" * 200 + "c" * 50)[1] == 200
+    rig.pool.end(first)
+    assert rig.start("a" * 200 + "b" * 50)[1] == 249
+
+
+def test_where_another_prompt_parts_is_promised_until_it_is_there() -> None:
+    rig = Rig(traits=Traits(divisible=False))
+    prompt = token_array(map(ord, "a" * 200))
+    sequence = rig.pool.start(prompt, Match(), [80])
+    assert sequence.stops == [80, 199]
+    rig.pool.fork(sequence, 120)
+    rig.pool.fork(sequence, 125)  # not worth another one
+    assert sequence.stops == [80, 120, 199]
+    alike = token_array(map(ord, "a" * 130 + "b"))
+    assert rig.pool.find(alike)[2:4] == (0, 120)
+    for length, known in ((80, (80, 120)), (120, (120, 120)), (199, (120, 120))):
+        rig.memory.compute(sequence.slot, length)
+        rig.pool.computed(sequence, length)
+        assert rig.pool.find(alike)[2:4] == known
+    rig.pool.fork(sequence, 150)  # is behind it
+    assert sequence.stops == []
+
+
+def test_an_earlier_turn_can_be_gone_back_to() -> None:
+    rig = Rig(traits=Traits(divisible=False))
+    conversation = ""
+    ends: list[int] = []
+    for turn in "abcdef":
+        conversation += turn * 50
+        assert rig.once(conversation) == (ends[-1] if ends else 0)
+        ends.append(len(conversation))
+        rig.once("x")
+    for end in reversed(ends[2:-1]):  # the first ones have been given up
+        assert rig.once(conversation[:end] + "z") == end - 1
+
+
+def test_a_sequence_has_no_more_checkpoints_than_that() -> None:
+    rig = Rig(traits=Traits(divisible=False))
+    sequence, _ = rig.start("a" * 900, *range(50, 900, 50))
+    assert [each.length for each in sequence.checkpoints] == [*range(550, 900, 50), 899]
+
+
+@pytest.mark.parametrize("traits", STATES, ids=["hybrid", "recurrent"])
+@pytest.mark.parametrize("keep_bytes", [1000, 2500, 6000])
+def test_checkpoints_are_within_the_bound(traits: Traits, keep_bytes: int) -> None:
+    rig = Rig(keep_bytes=keep_bytes, traits=traits)
+    most = 0
+    for number in range(30):
+        running, _ = rig.start("s" * 60 + chr(97 + number % 3) * (20 + number), 30, 60)
+        most = max(most, rig.pool.nbytes)
+        rig.once("x")
+        rig.pool.end(running)
+        most = max(most, rig.pool.nbytes)
+    assert 0 < most <= keep_bytes
+
+
+def test_no_bytes_take_no_checkpoints() -> None:
+    rig = Rig(keep_bytes=0, traits=Traits(divisible=False))
+    sequence, _ = rig.start("a" * 200, 100)
+    assert rig.start("a" * 150)[1] == 0
+    rig.pool.end(sequence)
+    assert rig.memory.checkpoints == 0
+
+
+def test_a_state_that_comes_back_in_part_only_is_a_miss() -> None:
+    rig = Rig(traits=Traits(divisible=False))
+    rig.once("a" * 200)
+    rig.memory.refuses = True
+    assert rig.once("a" * 199 + "b") == 0
+
+
+def test_a_state_without_cells_always_has_room() -> None:
+    rig = Rig(traits=Traits(divisible=False, takes_cells=False))
+    for letter in "abc":
+        prompt = token_array(map(ord, letter * 900))
+        assert rig.pool.fits(prompt, rig.pool.find(prompt), 100)
+        rig.start(letter * 900)
 
 
 def test_a_window_that_has_slid_past_the_cut_is_a_miss() -> None:
@@ -269,10 +387,11 @@ def test_what_a_window_has_slid_past_is_no_promise() -> None:
     assert rig.pool.find(prompt).promised == 50
 
 
-def test_copies_of_recurrent_states_are_no_more_than_there_are_slots() -> None:
-    rig = Rig(traits=Traits(divisible=False))
-    rig.memory.state_bytes = 500
-    for letter in "abcdefx":
-        rig.once(letter * 10)
-    kept = [len(prefix.data) for prefix in rig.pool._kept if prefix.data is not None]
-    assert kept == [500] * 3
+def test_recurrent_states_are_bounded_by_the_slots() -> None:
+    rig = Rig(traits=Traits(divisible=False, takes_cells=False))
+    for number in range(40):
+        rig.once(chr(97 + number) * 10)
+    # One for each of the 3 slots, and 8 checkpoints for each.
+    assert rig.pool.nbytes <= 27 * 100
+    assert rig.once(chr(97 + 39) * 10 + "x") == 10
+    assert rig.once(chr(97) * 10 + "x") == 0
