@@ -53,7 +53,8 @@ def client_of(request: Request, *, api_key: str | None, claims: tuple[Any, ...] 
 
     The first of these that there is: one of ``CLIENT_HEADERS``; of ``claims``, the body's fields
     for this, the first that is a text; the key that was presented, unless it is
-    ``api_key``, the server's own, which all clients share; the address.
+    ``api_key``, the server's own, which all clients share; the address and the
+    program's name (``User-Agent``): on one machine everybody has the same address.
     """
     if named := _header_name(request):
         return _digest("header", named)
@@ -61,7 +62,8 @@ def client_of(request: Request, *, api_key: str | None, claims: tuple[Any, ...] 
         return _digest("body", claimed)
     if (key := _presented_key(request)) and key != api_key:
         return _digest("key", key)
-    return _digest("address", request.client.host if request.client is not None else "")
+    host = request.client.host if request.client is not None else ""
+    return _digest("address", f"{host}\0{request.headers.get('user-agent', '')}")
 
 
 def _header_name(request: Request) -> str | None:

@@ -87,6 +87,15 @@ def test_a_name_tells_no_key() -> None:
     assert "secret" not in client(bearer("secret"))
 
 
+def test_programs_on_one_machine_are_told_apart() -> None:
+    named = [client({"User-Agent": agent}) for agent in ("aider/1", "curl/8", "")]
+    assert len(set(named)) == 3
+    assert named[2] == client()
+    assert named[0] != client({"User-Agent": "aider/1"}, address="10.9.9.9")
+    # Whoever says who it is, is it with every program.
+    assert client({"X-Client-Id": "me", "User-Agent": "a"}) == client({"X-Client-Id": "me"})
+
+
 def test_a_socket_without_an_address_is_a_client_too() -> None:
     assert client(address=None) == client(address=None)
 
