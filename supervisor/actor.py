@@ -130,17 +130,8 @@ class Actor:
         """See ``Fleet.submit``."""
         incident_id = self._recorder.last_incident_id
         status.require_routable(self.spec.model_id, self.state, incident_id)
-        in_hand, limit = len(self._requests), self._services.settings.max_queue
-        if self.state.probation:
-            limit = 1
-        if in_hand >= limit:
-            raise CodedError(
-                ErrorCode.RATE_LIMIT_EXCEEDED,
-                f"model {self.spec.model_id!r} has {in_hand} requests in hand already "
-                f"(limit {limit})",
-                retry_after_s=self._requests.retry_after_s(),
-            )
-        stream = self._requests.open(request, streaming=streaming)
+        limit = 1 if self.state.probation else self._services.settings.max_queue
+        stream = self._requests.open(request, limit=limit, streaming=streaming)
         self._request_count += 1
         self._last_used_at = time.time()
         return stream

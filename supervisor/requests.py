@@ -7,6 +7,7 @@ typed error.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,15 +25,21 @@ from protocol.messages import (
     Generate,
     Phase,
     Rejected,
+    Sampling,
     Started,
     ToWorker,
 )
 from supervisor.pace import Pace
+from supervisor.places import may_enter
 from supervisor.stream import RequestStream
 
 #: How often a request may be given to a worker. The second crash under it may
 #: well be its own doing.
 MAX_RUNS = 2
+
+#: Requests that were given up and of which the worker has not told the end yet. It does
+#: so within a step: one that has so many does not read, and what it is sent piles up.
+MAX_GIVEN_UP = 64
 
 #: Ids are unique within one supervisor, so that no message can be mistaken.
 _ids = count(1)
@@ -55,9 +62,11 @@ SendToWorker = Callable[[ToWorker], Delivery]
 class _Entry:
     """``sent``: the connected worker has it. ``runs`` counts how often one had it.
 
+    ``asked`` is the request as it came, ``request`` what every run of it is.
     ``opened_at`` is on the table's clock.
     """
 
+    asked: Generate
     request: Generate
     stream: RequestStream
     is_canary: bool
@@ -79,6 +88,8 @@ class RequestTable:
         self._clock = clock
         self._pace = Pace()
         self._entries: dict[int, _Entry] = {}
+        #: Given up, and not ended yet at the worker; by id, whether that was told.
+        self._given_up: dict[int, bool] = {}
         self._send: SendToWorker | None = None
 
     def __len__(self) -> int:
@@ -86,17 +97,31 @@ class RequestTable:
 
     def connect(self, send: SendToWorker) -> None:
         """From now on ``send`` reaches a worker that has loaded its model."""
+        self._given_up.clear()
         self._send = send
 
     def disconnect(self) -> None:
         """The worker is lost; nothing reaches it any more."""
+        self._given_up.clear()
         self._send = None
 
-    def open(self, request: Generate, *, streaming: bool, is_canary: bool = False) -> RequestStream:
+    def open(
+        self,
+        request: Generate,
+        *,
+        streaming: bool,
+        limit: int | None = None,
+        is_canary: bool = False,
+    ) -> RequestStream:
         """Send a request to the connected worker and return its stream.
 
-        Raises ``rate_limit_exceeded`` when the worker is alive and does not take it.
+        Raises ``rate_limit_exceeded``: there are ``limit`` unfinished requests already, or
+        too many of this client, or the worker is alive and does not take it.
         """
+        if limit is not None:
+            self._require_place(request.client, limit)
+        if len(self._given_up) >= MAX_GIVEN_UP:
+            raise _worker_blocked()
         request_id = next(_ids)
 
         def let_go() -> None:
@@ -106,9 +131,11 @@ class RequestTable:
             max_buffer_bytes=self._max_stream_buffer_bytes if streaming else None,
             on_close=let_go,
         )
-        request = msgspec.structs.replace(request, request_id=request_id)
         now = self._clock()
-        entry = _Entry(request, stream, is_canary, opened_at=now)
+        to_run = msgspec.structs.replace(
+            request, request_id=request_id, sampling=_seeded(request.sampling)
+        )
+        entry = _Entry(request, to_run, stream, is_canary, opened_at=now)
         if not self._run(entry):
             raise _worker_blocked()
         self._entries[request_id] = entry
@@ -120,6 +147,7 @@ class RequestTable:
         for delta in deltas:
             entry = self._entries.get(delta.request_id)
             if entry is None:
+                self._hear_of_given_up(delta.request_id, ended=delta.finish is not None)
                 continue
             if delta.finish is not None:
                 self._remove(delta.request_id)
@@ -134,14 +162,20 @@ class RequestTable:
     def accept(self, message: Accepted) -> None:
         if (entry := self._entries.get(message.request_id)) is not None:
             entry.stream.accept(message.prompt_tokens)
+        else:
+            self._hear_of_given_up(message.request_id)
 
     def start(self, message: Started) -> None:
         if (entry := self._entries.get(message.request_id)) is not None:
             entry.stream.start(message.cached_tokens, self._clock() - entry.opened_at)
+        else:
+            self._hear_of_given_up(message.request_id)
 
     def reject(self, message: Rejected) -> None:
         if (entry := self._remove(message.request_id)) is not None:
             entry.stream.fail(CodedError(message.code, message.message, param=message.param))
+        else:
+            self._hear_of_given_up(message.request_id, ended=True)
 
     def phase(self) -> Phase:
         """What the worker must be doing: newer than its last beat."""
@@ -152,8 +186,8 @@ class RequestTable:
         return Phase.DECODE if begun else Phase.PREFILL
 
     def running(self) -> list[Generate]:
-        """The requests that the worker has, oldest first."""
-        return [entry.request for entry in self._entries.values() if entry.sent]
+        """The requests that the worker has, as they came, oldest first."""
+        return [entry.asked for entry in self._entries.values() if entry.sent]
 
     def sent(self) -> int:
         """How many the worker has; the others wait for the next one."""
@@ -199,10 +233,32 @@ class RequestTable:
             entry.runs += 1
         return delivery is not Delivery.BLOCKED
 
+    def _require_place(self, client: str, limit: int) -> None:
+        taken = len(self._entries)
+        own = sum(entry.asked.client == client for entry in self._entries.values())
+        if may_enter(own, taken, limit):
+            return
+        if taken >= limit:
+            reason = f"the model has {taken} requests in hand already (limit {limit})"
+        else:
+            reason = (
+                f"{own} of the model's {taken} requests in hand are this client's; "
+                f"the last of {limit} places are for others"
+            )
+        raise CodedError(ErrorCode.RATE_LIMIT_EXCEEDED, reason, retry_after_s=self.retry_after_s())
+
     def _abandon(self, request_id: int) -> None:
         entry = self._remove(request_id)
         if entry is not None and entry.sent and self._send is not None:
-            self._send(Cancel(request_id))
+            self._given_up[request_id] = self._send(Cancel(request_id)) is Delivery.SENT
+
+    def _hear_of_given_up(self, request_id: int, *, ended: bool = False) -> None:
+        """The worker has spoken of a request that nobody waits for any more."""
+        if ended:
+            self._given_up.pop(request_id, None)
+        elif self._given_up.get(request_id) is False and self._send is not None:
+            # It could not be told then. It works at it, so now it may well read.
+            self._given_up[request_id] = self._send(Cancel(request_id)) is Delivery.SENT
 
     def _remove(self, request_id: int) -> _Entry | None:
         """Take a request out at its end, whatever that is."""
@@ -213,6 +269,13 @@ class RequestTable:
         if not self._entries:
             self._pace.idle()
         return entry
+
+
+def _seeded(sampling: Sampling) -> Sampling:
+    """With a seed, where it takes one: what runs again is then the same answer."""
+    if sampling.seed is not None or sampling.temperature <= 0:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=random.getrandbits(63))
 
 
 def _with_tokens_sent(error: CodedError, stream: RequestStream) -> CodedError:

@@ -12,6 +12,8 @@ import pytest
 from tests.support.server import Server, polls, serve, write_script
 
 MAX_QUEUE = 12
+#: What one client gets of that, if nobody else has any; the holder of the slot has one.
+SHARE = 9
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 TOKENS = [f"{n} " for n in range(200)]
 
@@ -140,21 +142,45 @@ def test_the_higher_lane_goes_first(server: Server, pool: ThreadPoolExecutor) ->
     assert line.finish() == ["high", "normal", "low"]
 
 
+def fill(server: Server, pool: ThreadPoolExecutor, count: int, name: str) -> Future[httpx.Response]:
+    """Prompts that wait, in one call of a client with that name."""
+    prompts = {"model": "one", "prompt": ["x"] * count, "max_tokens": 2}
+    return pool.submit(server.http.post, TEXT, json=prompts, headers={"X-Client-Id": name})
+
+
 def test_a_full_queue_says_when_to_come_again_also_to_the_high_lane(
     server: Server, pool: ThreadPoolExecutor
 ) -> None:
     with busy(server):
-        prompts = {"model": "one", "prompt": ["x"] * (MAX_QUEUE - 1), "max_tokens": 2}
-        filling = pool.submit(server.http.post, TEXT, json=prompts)
+        filling = [fill(server, pool, SHARE, "many")]
+        await_counts(server, 1, SHARE)
+        filling.append(fill(server, pool, 2, "few"))
         await_counts(server, 1, MAX_QUEUE - 1)
         for headers in ({}, {"X-Priority": "high"}, {"X-Client-Id": "nobody yet"}):
             refused = chat(server, headers)
             assert refused.status_code == 429
             assert refused.json()["error"]["code"] == "rate_limit_exceeded"
             assert 1 <= int(refused.headers["retry-after"]) <= 600
-    filled = filling.result(60)
-    assert filled.status_code == 200
-    assert [choice["text"] for choice in filled.json()["choices"]] == ["0 1 "] * (MAX_QUEUE - 1)
+    for filled, count in zip((each.result(60) for each in filling), (SHARE, 2), strict=True):
+        assert filled.status_code == 200
+        assert [choice["text"] for choice in filled.json()["choices"]] == ["0 1 "] * count
+
+
+def test_an_agent_that_always_has_more_leaves_places_for_others(
+    server: Server, pool: ThreadPoolExecutor
+) -> None:
+    agent = {"X-Client-Id": "agent"}
+    with busy(server):
+        filling = fill(server, pool, SHARE, "agent")
+        await_counts(server, 1, SHARE)
+        for headers in (agent, {**agent, "X-Priority": "high"}):
+            refused = chat(server, headers)
+            assert refused.status_code == 429
+            assert "for others" in refused.json()["error"]["message"]
+            assert 1 <= int(refused.headers["retry-after"]) <= 600
+        other = pool.submit(chat, server, {"X-Client-Id": "other"})
+        await_counts(server, 1, SHARE + 1)
+    assert other.result(60).status_code == filling.result(60).status_code == 200
 
 
 def test_when_to_come_again_follows_the_models_pace(
@@ -163,12 +189,12 @@ def test_when_to_come_again_follows_the_models_pace(
     said = []
     for _ in range(2):
         with busy(server, "fresh"):
-            prompts = {"model": "fresh", "prompt": ["x"] * (MAX_QUEUE - 1), "max_tokens": 1}
+            prompts = {"model": "fresh", "prompt": ["x"] * SHARE, "max_tokens": 1}
             filling = pool.submit(server.http.post, TEXT, json=prompts)
-            await_counts(server, 1, MAX_QUEUE - 1, "fresh")
+            await_counts(server, 1, SHARE, "fresh")
             said.append(int(chat(server, model="fresh").headers["retry-after"]))
         assert filling.result(60).status_code == 200
-    # At first nothing is known; then a dozen answers took next to no time.
+    # At first nothing is known; then ten answers took next to no time.
     assert said[0] > said[1]
 
 
@@ -176,18 +202,19 @@ def test_who_leaves_the_queue_frees_the_place_at_once(
     server: Server, pool: ThreadPoolExecutor
 ) -> None:
     with busy(server):
-        prompts = {"model": "one", "prompt": ["x"] * (MAX_QUEUE - 2), "max_tokens": 1}
-        filling = pool.submit(server.http.post, TEXT, json=prompts)
+        filling = [fill(server, pool, SHARE, "many")]
+        await_counts(server, 1, SHARE)
+        filling.append(fill(server, pool, 1, "few"))
         await_counts(server, 1, MAX_QUEUE - 2)
         with closing(stream(server)) as waiting:
             next(waiting)
             await_counts(server, 1, MAX_QUEUE - 1)
-            assert chat(server).status_code == 429
+            assert chat(server, {"X-Client-Id": "next"}).status_code == 429
         await_counts(server, 1, MAX_QUEUE - 2)
-        accepted = pool.submit(chat, server)
+        accepted = pool.submit(chat, server, {"X-Client-Id": "next"})
         await_counts(server, 1, MAX_QUEUE - 1)
     assert accepted.result(60).status_code == 200
-    assert filling.result(60).status_code == 200
+    assert [each.result(60).status_code for each in filling] == [200, 200]
     await_counts(server, 0, 0)
 
 

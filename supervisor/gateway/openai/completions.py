@@ -34,6 +34,7 @@ from supervisor.gateway.openai.parameters import (
 )
 from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
+from supervisor.places import most_of_one
 
 Prompt = str | list[int]
 
@@ -58,7 +59,7 @@ _decoder = msgspec.json.Decoder(CompletionRequest)
 async def completions(gateway: Gateway, call: Call) -> Response:
     started = time.perf_counter()
     request = await read_json(call, _decoder, gateway.settings)
-    requests = to_generates(request, gateway.settings.max_queue)
+    requests = to_generates(request, most_of_one(gateway.settings.max_queue))
     streaming = bool(request.stream)
     answers_per_prompt = request.n or 1
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)

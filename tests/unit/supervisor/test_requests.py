@@ -10,10 +10,11 @@ from protocol.messages import (
     FinishReason,
     Generate,
     Rejected,
+    Sampling,
     Started,
     ToWorker,
 )
-from supervisor.requests import Delivery, RequestTable
+from supervisor.requests import MAX_GIVEN_UP, Delivery, RequestTable
 from supervisor.stream import RequestStream
 
 CRASHED = CodedError(ErrorCode.MODEL_CRASHED, "killed by SIGSEGV")
@@ -160,6 +161,98 @@ async def test_letting_go_of_a_parked_request_tells_no_worker(table: RequestTabl
     stream.close()
     table.resume()
     assert second.sent == []
+
+
+async def test_a_cancel_that_was_not_sent_is_sent_when_the_worker_speaks_of_it(
+    table: RequestTable,
+) -> None:
+    worker = Worker()
+    table.connect(worker)
+    streams = [table.open(Generate(0, prompt="x"), streaming=True) for _ in range(3)]
+    ids = [worker.request_id(index) for index in range(3)]
+    worker.delivery = Delivery.BLOCKED
+    for stream in streams:
+        stream.close()
+    table.accept(Accepted(ids[0], 3))
+    worker.delivery = Delivery.SENT
+    assert not [message for message in worker.sent if isinstance(message, Cancel)]
+    table.accept(Accepted(ids[0], 3))
+    table.start(Started(ids[1], 0))
+    for _ in range(2):
+        table.deliver([Delta(ids[2], "for nobody", [1])])
+    assert worker.sent[3:] == [Cancel(request_id) for request_id in ids]
+
+
+async def test_what_was_given_up_and_not_ended_is_bounded(table: RequestTable) -> None:
+    worker = Worker()
+    table.connect(worker)
+    request = Generate(0, prompt="x")
+    for _ in range(MAX_GIVEN_UP):
+        table.open(request, streaming=True).close()
+    sent = len(worker.sent)
+    with pytest.raises(CodedError) as refused:
+        table.open(request, streaming=True)
+    assert refused.value.code is ErrorCode.RATE_LIMIT_EXCEEDED
+    assert len(worker.sent) == sent
+    first = worker.request_id(0)
+    table.deliver([Delta(first, "", [], FinishReason.CANCELLED)])
+    table.open(request, streaming=True).close()
+    with pytest.raises(CodedError):
+        table.open(request, streaming=True)
+    # A new worker has none of them.
+    table.disconnect()
+    table.connect(worker)
+    table.open(request, streaming=True)
+
+
+async def test_one_client_cannot_have_all_places(table: RequestTable) -> None:
+    worker = Worker()
+    table.connect(worker)
+
+    def ask(client: str) -> RequestStream:
+        return table.open(Generate(0, prompt="x", client=client), streaming=True, limit=12)
+
+    streams = [ask("agent") for _ in range(10)]
+    with pytest.raises(CodedError, match="places are for others"):
+        ask("agent")
+    assert [ask(client) for client in ("ann", "bob")]
+    with pytest.raises(CodedError, match="12 requests in hand"):
+        ask("eve")
+    # The place of one that has ended is for who has fewer.
+    streams[0].close()
+    with pytest.raises(CodedError):
+        ask("agent")
+    ask("eve")
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+async def test_a_request_runs_again_with_its_seed(table: RequestTable, seed: int | None) -> None:
+    first, second = Worker(), Worker()
+    table.connect(first)
+    asked = Generate(0, prompt="x", sampling=Sampling(seed=seed))
+    table.open(asked, streaming=True)
+    assert table.running() == [asked]
+    table.disconnect()
+    table.park(CRASHED)
+    table.connect(second)
+    table.resume()
+    assert first.sent == second.sent
+    [run] = second.sent
+    assert isinstance(run, Generate)
+    assert run.sampling.seed is not None
+    assert seed in (None, run.sampling.seed)
+
+
+async def test_unseeded_requests_differ_and_greedy_ones_need_no_seed(table: RequestTable) -> None:
+    worker = Worker()
+    table.connect(worker)
+    for temperature in (1.0, 1.0, 0.0):
+        sampling = Sampling(temperature=temperature)
+        table.open(Generate(0, prompt="x", sampling=sampling), streaming=True)
+    runs = [message for message in worker.sent if isinstance(message, Generate)]
+    one, other, greedy = (run.sampling.seed for run in runs)
+    assert one != other
+    assert greedy is None
 
 
 async def test_a_start_tells_what_was_cached_and_when() -> None:
