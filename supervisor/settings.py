@@ -38,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_body_bytes: int = 32 * 1024 * 1024
     #: Requests per model that are running or waiting; one more is refused (429).
     max_queue: int = 64
-    #: Text a stream may hold for a client that reads too slowly.
+    #: Memory a stream may take for a client that reads too slowly.
     max_stream_buffer_bytes: int = 1024 * 1024
     sse_keepalive_s: float = 15.0
     shutdown_grace_s: float = 5.0

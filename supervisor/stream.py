@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from sys import getsizeof
 from typing import NamedTuple
 
 from protocol.chat import Extras, join_extras
@@ -28,8 +29,9 @@ class Chunk(NamedTuple):
 #: Takes a piece of the answer at once, or says False: its client is behind.
 Sink = Callable[[str, Extras | None], bool]
 
-#: What a token's log probability takes of a buffer, in characters, roughly.
-_LOGPROB_SIZE = 50
+#: What holding a piece takes besides its text, in bytes: its place in a list; an
+#: ``Extras`` with its lists; part of a tool call; the log probability of a token.
+_SLOT, _EXTRAS, _CALL, _LOGPROB = 8, 250, 150, 200
 
 
 class RequestStream:
@@ -63,6 +65,7 @@ class RequestStream:
         self._sink: Sink | None = None
         self._delivered = False
         self._closed = False
+        self._when_over: Callable[[], None] | None = None
 
     # --- producer ---
 
@@ -99,7 +102,7 @@ class RequestStream:
                 return
             if text:
                 self._texts.append(text)
-                self._buffered += len(text)
+                self._buffered += _SLOT + getsizeof(text)
             if extras is not None:
                 self._extras.append(extras)
                 self._buffered += _size(extras)
@@ -117,12 +120,15 @@ class RequestStream:
             self.generated_s = time.monotonic() - self._started_at
         if text or extras is not None or delta.finish is not None:
             self._wake()
+        if delta.finish is not None:
+            self._tell_over()
 
     def fail(self, error: CodedError) -> None:
         """End the request with an error; what is buffered is still delivered first."""
         if not self.ended:
             self._error = error
             self._wake()
+            self._tell_over()
 
     def restart(self) -> None:
         """Forget an unfinished run, none of which was delivered, before it runs again."""
@@ -188,6 +194,15 @@ class RequestStream:
         assert self._delivered
         self._sink = sink
 
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Call ``call`` when the request has ended, well or not; at once if it has.
+
+        The consumer may be held up with what came before the end.
+        """
+        self._when_over = call
+        if self.ended:
+            self._tell_over()
+
     async def collect(self) -> Chunk:
         """Wait for the whole answer; nothing counts as delivered before it is complete.
 
@@ -222,13 +237,18 @@ class RequestStream:
             self._sink = None
             return False
 
+    def _tell_over(self) -> None:
+        call, self._when_over = self._when_over, None
+        if call is not None:
+            call()
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
 def _size(extras: Extras) -> int:
-    """Of a buffer's bound; about the characters that will be sent."""
-    arguments = sum(len(piece.arguments) for piece in extras.tool_calls)
+    """Bytes of memory, roughly."""
+    calls = sum(_CALL + getsizeof(piece.arguments) for piece in extras.tool_calls)
     logprobs = sum(1 + len(each.top) for each in extras.logprobs)
-    return len(extras.reasoning) + arguments + logprobs * _LOGPROB_SIZE
+    return _EXTRAS + getsizeof(extras.reasoning) + calls + logprobs * _LOGPROB

@@ -1,6 +1,7 @@
 """One request's answer on its way: order, coalescing, bounds, ends."""
 
 import asyncio
+import tracemalloc
 
 import pytest
 
@@ -76,7 +77,7 @@ async def test_text_before_an_error_is_delivered_first() -> None:
 
 async def test_a_slow_reader_loses_its_request_at_the_bound() -> None:
     closed = Closed()
-    answer = stream(closed, bound=10)
+    answer = stream(closed, bound=150)
     for _ in range(20):
         answer.push(delta("12345"))
     assert closed.times == 1
@@ -128,7 +129,7 @@ async def test_nothing_follows_the_end() -> None:
 
 
 async def test_a_sink_gets_text_only_while_its_consumer_waits_for_more() -> None:
-    answer = stream(bound=10)
+    answer = stream(bound=200)
     taken: list[str] = []
     behind = False
 
@@ -164,7 +165,7 @@ async def test_a_sink_gets_text_only_while_its_consumer_waits_for_more() -> None
 
 async def test_what_a_sink_does_not_take_is_bounded() -> None:
     closed = Closed()
-    answer = stream(closed, bound=3)
+    answer = stream(closed, bound=200)
     answer.push(delta("a"))
     await answer.next()
     answer.drain_into(lambda _text, _extras: False)
@@ -193,6 +194,39 @@ async def test_a_sink_that_fails_is_the_consumers_trouble_not_the_readers() -> N
     assert await waiting == Chunk("b", None)
 
 
+@pytest.mark.parametrize("text", ["ab", "\N{GRINNING FACE}", "a" * 300])
+async def test_the_bound_is_of_memory_however_small_the_pieces(text: str) -> None:
+    closed = Closed()
+    answer = stream(closed, bound=1_000_000)
+    pieces = 0
+    tracemalloc.start()
+    try:
+        while not closed.times and pieces < 1_000_000:
+            # As a decoder does: every piece is a text of its own.
+            answer.push(delta(text.encode().decode()))
+            pieces += 1
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert closed.times == 1
+    assert 500_000 < held < 1_500_000
+
+
+async def test_the_end_is_told_once_whatever_it_is() -> None:
+    told: list[str] = []
+    answered, failed, late = stream(), stream(), stream()
+    answered.when_over(lambda: told.append("answered"))
+    failed.when_over(lambda: told.append("failed"))
+    answered.push(delta("a"))
+    assert not told
+    answered.push(delta("b", FinishReason.STOP))
+    for _ in range(2):
+        failed.fail(CodedError(ErrorCode.MODEL_CRASHED, "died"))
+    late.push(delta("", FinishReason.STOP))
+    late.when_over(lambda: told.append("late"))
+    assert told == ["answered", "failed", "late"]
+
+
 async def test_extras_arrive_joined_and_end_the_waiting() -> None:
     answer = stream()
     waiting = asyncio.ensure_future(answer.next())
@@ -209,7 +243,7 @@ async def test_extras_arrive_joined_and_end_the_waiting() -> None:
 
 async def test_extras_count_towards_the_bound() -> None:
     closed = Closed()
-    answer = stream(closed, bound=3)
+    answer = stream(closed, bound=400)
     for _ in range(2):
         answer.push(Delta(1, "", [0], extras=Extras("hm")))
     assert closed.times == 1
