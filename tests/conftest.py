@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support.server import Server, serve
+
+# How long an example takes says nothing on a machine that others use as well.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # MLX would compile kernels with the system's compiler; interpreted ones are as
 # fast for small models and need none. Set before anything imports mlx, and

@@ -53,7 +53,7 @@ LEAVES_MAY_IMPORT = {
     "process": {"marks", "quarantine"},
     "modelfiles": {"gguf"},
     "canary": {"stream"},
-    "requests": {"pace", "stream"},
+    "requests": {"pace", "places", "stream"},
     "incidents": {"jsonfile"},
     "casefile": {"incidents"},
     "status": {"lifecycle", "quarantine"},
