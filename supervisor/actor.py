@@ -148,7 +148,7 @@ class Actor:
             path=str(spec.files.path),
             backend=spec.backend,
             backend_version=spec.backend_version,
-            pid=generation.pid if generation is not None else None,
+            pid=self.worker[1] if self.worker is not None else None,
             generation=state.generation,
             readiness=self.readiness(),
             unloading=state.unloading,
@@ -184,7 +184,7 @@ class Actor:
     @property
     def worker(self) -> tuple[int, int] | None:
         """Generation and pid of the live worker."""
-        if self._generation is None:
+        if self._generation is None or self._generation.exit_status is not None:
             return None
         return self._generation.number, self._generation.pid
 

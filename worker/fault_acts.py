@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from protocol.codec import Encoder
+from protocol.handshake import BOOT_ENV, WorkerBoot, decode_boot
 from protocol.messages import (
     Accepted,
     Delta,
@@ -27,7 +29,7 @@ from protocol.messages import (
     ToWorker,
 )
 from worker.backends.base import LoadRefused
-from worker.faults import Fault, FaultKind, FaultPlan, FaultPoint
+from worker.faults import IDLE_S, Fault, FaultKind, FaultPlan, FaultPoint
 from worker.link import Link
 
 _SIGNALS = {
@@ -40,6 +42,24 @@ _SIGNALS = {
 #: More than any machine of a test should give; ``grow`` ends there.
 _GROWN_ENOUGH_BYTES = 4 * 1024**3
 _GROW_INTERVAL_S = 0.05
+
+#: Text for all requests there could be, as soon as whoever started it is dead.
+_GHOST = """
+import os, sys, time, zmq
+from protocol.codec import Encoder
+from protocol.handshake import BOOT_ENV, WorkerBoot, decode_boot
+from protocol.messages import Accepted, Delta, Started, Step
+parent = os.getppid()
+while os.getppid() == parent:
+    time.sleep(0.001)
+socket = zmq.Context().socket(zmq.DEALER)
+socket.connect(sys.argv[1])
+encode = Encoder()
+while True:
+    for message in (Step([Delta(n, "ghost", [1]) for n in range(1, 2000)]), Accepted(1, 1)):
+        socket.send(encode(message))
+    time.sleep(0.005)
+"""
 
 _encode = Encoder()
 
@@ -68,6 +88,12 @@ def cause(fault: Fault, link: Link | None) -> None:
             raise LoadRefused(fault.code, "simulated refusal")
         case FaultKind.EXHAUST:
             _exhaust()
+            bytearray(1024**3)
+        case FaultKind.EXHAUST_NATIVE:
+            _exhaust()
+            libc = ctypes.CDLL(None)
+            libc.malloc.restype = ctypes.c_void_p
+            ctypes.memset(libc.malloc(ctypes.c_size_t(1024**3)) or 0, 0, 1)
         case FaultKind.GROW:
             threading.Thread(target=_grow, args=(fault.size,), daemon=True).start()
         case FaultKind.FLOOD:
@@ -76,6 +102,11 @@ def cause(fault: Fault, link: Link | None) -> None:
             subprocess.Popen(["sleep", "600"])
         case FaultKind.DETACHED_HELPER:
             subprocess.Popen(["sleep", "600"], start_new_session=True)
+        case FaultKind.FLOODING_HELPER:
+            subprocess.Popen(["yes", "no end of it"], start_new_session=True)
+        case FaultKind.GHOST:
+            endpoint = _own_boot().data_endpoint
+            subprocess.Popen([sys.executable, "-c", _GHOST, endpoint], start_new_session=True)
         case FaultKind.IGNORE_TERM:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         case _ if link is not None:
@@ -91,7 +122,15 @@ def _doze(seconds: float) -> None:
 def _exhaust() -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 32 * 1024**2, resource.RLIM_INFINITY))
-    bytearray(1024**3)
+
+
+def _own_boot() -> WorkerBoot:
+    """What it was started with; its variable is not in ``os.environ`` any more."""
+    start = f"{BOOT_ENV}=".encode()
+    for entry in Path("/proc/self/environ").read_bytes().split(b"\0"):
+        if entry.startswith(start):
+            return decode_boot(entry.removeprefix(start).decode())
+    raise RuntimeError("this is no worker")
 
 
 def _grow(size: int) -> None:
@@ -139,11 +178,21 @@ class FaultyLink:
     def __init__(self, link: Link, plan: FaultPlan) -> None:
         self._link = link
         self._plan = plan
+        self._loaded = False
 
     def send_frame(self, frame: bytes) -> None:
         self._link.send_frame(frame)
 
     def wait(self) -> ToWorker:
+        if not self._loaded or not self._plan.expects(FaultPoint.IDLE):
+            return self._link.wait()
+        until = time.monotonic() + IDLE_S
+        while time.monotonic() < until:
+            for message in self._link.pending():
+                return message
+            time.sleep(0.005)
+        for fault in self._plan.due(FaultPoint.IDLE):
+            cause(fault, self._link)
         return self._link.wait()
 
     def pending(self) -> Iterator[ToWorker]:
@@ -155,6 +204,7 @@ class FaultyLink:
             return
         self._link.send(message)
         if isinstance(message, Loaded):
+            self._loaded = True
             for fault in self._plan.due(FaultPoint.LOADED):
                 if fault.kind is FaultKind.TWICE:
                     self._link.send(message)

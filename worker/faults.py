@@ -1,7 +1,8 @@
 """Faults on order, for the fault harness: what real backends do when they break.
 
-Reachable through the simulated backend only, which the supervisor refuses unless
-it is explicitly enabled.
+Reachable through the simulated backend only, which the supervisor refuses unless it
+is explicitly enabled; and a worker refuses them unless ``FAULTS_ENV`` says otherwise,
+which only the tests and the harness set.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ import msgspec
 
 from protocol.errors import ErrorCode
 
+#: Faults are refused unless this is not empty in the environment of the server.
+FAULTS_ENV = "SIMULATED_FAULTS"
+
 #: Names a file with a JSON list of ``Fault`` for the points before a script is known.
 BOOT_FAULTS_ENV = "SIMULATED_BOOT_FAULTS"
+
+
+#: Longer than any pause between two requests of the canary.
+IDLE_S = 0.5
 
 
 class FaultPoint(StrEnum):
     """Where a fault strikes.
 
     ``spawn`` and ``hello`` are before the script is known: only the file that
-    ``BOOT_FAULTS_ENV`` names can have them. ``loaded`` is right after that message.
+    ``BOOT_FAULTS_ENV`` names can have them. ``loaded`` is right after that message,
+    ``idle`` when the worker has had nothing to do for ``IDLE_S``.
     """
 
     SPAWN = "spawn"
@@ -32,6 +41,7 @@ class FaultPoint(StrEnum):
     LOADED = "loaded"
     PROMPT = "prompt"
     TOKEN = "token"
+    IDLE = "idle"
     CLOSE = "close"
 
 
@@ -41,9 +51,12 @@ class FaultKind(StrEnum):
     To the process: ``stop`` is SIGSTOP, ``hang`` never returns while the process
     beats on, ``hold_gil`` is native code that keeps the interpreter's lock, ``doze``
     the same until a signal comes, ``raise`` a backend exception, ``exhaust`` an
-    allocation that fails, ``grow`` takes ``size`` bytes every 50 ms from now on,
+    allocation that fails, ``exhaust_native`` one in native code that does not look at what
+    it gets, ``grow`` takes ``size`` bytes every 50 ms from now on,
     ``flood`` writes to stdout and stderr without a line end, ``helper`` starts a
-    process that inherits both, ``ignore_term`` ignores SIGTERM; ``mark`` does nothing
+    process that inherits both, a ``flooding_helper`` writes to them from a session of its
+    own, and a ``ghost`` goes on talking on the worker's connection when that is dead, as
+    if the answers to its requests went on; ``ignore_term`` ignores SIGTERM; ``mark`` does nothing
     but leave its trace.
 
     On the wire, instead of or in addition to the message of this point.
@@ -62,10 +75,13 @@ class FaultKind(StrEnum):
     RAISE = "raise"
     REFUSE = "refuse"
     EXHAUST = "exhaust"
+    EXHAUST_NATIVE = "exhaust_native"
     GROW = "grow"
     FLOOD = "flood"
     HELPER = "helper"
     DETACHED_HELPER = "detached_helper"
+    FLOODING_HELPER = "flooding_helper"
+    GHOST = "ghost"
     IGNORE_TERM = "ignore_term"
 
     CORRUPT_FRAME = "corrupt_frame"
@@ -115,6 +131,10 @@ class FaultPlan:
     def add(self, faults: Iterable[Fault], counter_base: Path) -> None:
         for index, fault in enumerate(faults):
             self._faults.append((fault, trace_of(counter_base, index)))
+
+    def expects(self, at: FaultPoint) -> bool:
+        """Whether anything may strike at this point."""
+        return any(fault.at is at for fault, _ in self._faults)
 
     def due(self, at: FaultPoint, *, n: int = 0, prompt: str = "") -> Iterator[Fault]:
         """What strikes at this point; its trace is on disk before it is returned."""

@@ -23,6 +23,7 @@ from tests.support.server import (
     text_of,
     write_script,
 )
+from worker.faults import BOOT_FAULTS_ENV, FAULTS_ENV
 
 #: Counts on, so that a lost or doubled token is seen.
 COUNTING = [f"{n} " for n in range(200)]
@@ -44,6 +45,7 @@ def server(home: Path, models_dir: Path) -> Iterator[Server]:
         home,
         *("--models-dir", str(models_dir)),
         OPTA_LMX_DECODE_STALL_S="2",
+        OPTA_LMX_PREFILL_STALL_S="2",
         OPTA_LMX_LOAD_STALL_S="3",
         OPTA_LMX_CANARY_TIMEOUT_S="3",
         OPTA_LMX_BEAT_INTERVAL_S="0.2",
@@ -331,6 +333,34 @@ def test_no_worker_outlives_a_killed_supervisor(tmp_path: Path, phase: str) -> N
         os.kill(server.process.pid, signal.SIGKILL)
         server.process.wait(10)
         await_gone(pids)
+
+
+def test_faults_are_refused_where_only_their_backend_is_enabled(tmp_path: Path) -> None:
+    write_script(tmp_path, "mined", faults=[{"at": "token", "kind": "kill"}])
+    boot_faults = tmp_path / "boot-faults.json"
+    boot_faults.write_text(json.dumps([{"at": "spawn", "kind": "kill"}]))
+    write_script(tmp_path, "sound")
+    environment = {FAULTS_ENV: "", BOOT_FAULTS_ENV: str(boot_faults)}
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path), **environment) as server:
+        refused = server.load("mined")
+        assert refused.status_code == 400
+        assert "not enabled" in refused.json()["error"]["message"]
+        assert server.load("sound").status_code == 200
+
+
+def test_a_worker_frozen_in_its_idle_loop_is_found_by_the_request_it_does_not_take(
+    server: Server, models_dir: Path
+) -> None:
+    write_script(models_dir, "idler", faults=[{"at": "idle", "kind": "hang", "times": 1}])
+    server.load("idler")
+    for _ in polls(10):
+        if (models_dir / "idler.sim.fault-0").exists():
+            break
+    assert server.chat("idler").status_code == 200
+    assert server.model("idler")["generation"] == 2
+    incident = server.http.get("/admin/incidents?model=idler").json()["incidents"][0]
+    assert incident["kind"] == "hang"
+    assert "not taken up" in incident["reason"]
 
 
 def test_two_supervisors_on_one_home(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import psutil
 
+from worker.faults import FAULTS_ENV
+
 #: Longest that a server may take to listen, a model to load, a state to come.
 TIMEOUT_S = 60.0
 
@@ -211,5 +213,5 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", FAULTS_ENV: "1", **environment},
     )

@@ -26,7 +26,7 @@ from worker.backends.base import (
 )
 from worker.chat.conversation import Conversation
 from worker.fault_acts import FaultyLink, cause
-from worker.faults import BOOT_FAULTS_ENV, Fault, FaultPlan, FaultPoint, read_faults
+from worker.faults import BOOT_FAULTS_ENV, FAULTS_ENV, Fault, FaultPlan, FaultPoint, read_faults
 from worker.link import Link
 
 #: Prompt text is one token per UTF-8 byte; scripted tokens follow.
@@ -85,7 +85,7 @@ class SimulatedBackend:
 
     def wrap_link(self, link: Link) -> Link:
         """See ``link.LinkWrapper``: what is faulty here may also be what is said."""
-        if boot_faults := os.environ.get(BOOT_FAULTS_ENV):
+        if os.environ.get(FAULTS_ENV) and (boot_faults := os.environ.get(BOOT_FAULTS_ENV)):
             self._plan.add(read_faults(Path(boot_faults)), Path(boot_faults))
         self._link = link
         self._strike(FaultPoint.SPAWN)
@@ -97,6 +97,10 @@ class SimulatedBackend:
             self._script = msgspec.json.decode(path.read_bytes(), type=Script)
         except (OSError, msgspec.MsgspecError) as error:
             raise LoadRefused(ErrorCode.MODEL_INCOMPLETE, f"bad script: {error}") from error
+        if self._script.faults and not os.environ.get(FAULTS_ENV):
+            raise LoadRefused(
+                ErrorCode.INVALID_VALUE, "this script has faults, and they are not enabled here"
+            )
         self._plan.add(self._script.faults, path)
         self._pieces = [bytes([value]) for value in range(BYTE_TOKENS)]
         self._pieces += [token.encode() for token in self._script.tokens]
