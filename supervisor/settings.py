@@ -81,6 +81,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     header_timeout_s: float = 30.0
     #: ... and may pause for this long while it sends the body.
     body_timeout_s: float = 30.0
+    #: How long the rest of an answer that has ended waits for a client that does not read.
+    drain_timeout_s: float = 30.0
 
     @property
     def effective_models_dir(self) -> Path:

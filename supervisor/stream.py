@@ -146,6 +146,10 @@ class RequestStream:
         return self._finish is not None or self._error is not None
 
     @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    @property
     def has_started(self) -> bool:
         return self.started_after_s is not None
 

@@ -3,7 +3,8 @@
 Handlers bound what they read; this bounds what no handler sees. A request's head
 (request line and headers) must be there whole within ``head_timeout_s``, counted
 from the connection's opening or from the first byte after the previous answer,
-and may not be larger than ``MAX_HEAD_BYTES``.
+and may not be larger than ``MAX_HEAD_BYTES``. What is left of a finished answer must
+be read within ``drain_timeout_s``.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ class _HeadTooLarge(Exception):
     """Ends the parsing from inside one of the parser's callbacks."""
 
 
-def protocol(head_timeout_s: float) -> type[HttpToolsProtocol]:
+def protocol(head_timeout_s: float, drain_timeout_s: float) -> type[HttpToolsProtocol]:
     """The protocol class that uvicorn makes an instance of for each connection."""
 
     class Protocol(_Connection):
         pass
 
     Protocol.head_timeout_s = head_timeout_s
+    Protocol.drain_timeout_s = drain_timeout_s
     return Protocol
 
 
@@ -50,6 +52,7 @@ class _Connection(HttpToolsProtocol):
     """uvicorn's protocol, with deadlines, our envelope, and a patient close."""
 
     head_timeout_s: float
+    drain_timeout_s: float
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -65,9 +68,12 @@ class _Connection(HttpToolsProtocol):
         # One timer per connection, which looks whether anything is overdue: a
         # request costs a store of the time.
         self._timer = self.loop.call_later(self.head_timeout_s, self._look_at_head)
+        self._rest_timer: asyncio.TimerHandle | None = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
         # uvicorn tells only the newest request, behind which this one may be at work.
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
@@ -105,6 +111,11 @@ class _Connection(HttpToolsProtocol):
         super().on_message_complete()
         self._in_body = False
         self.cycle.transport = self.transport
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._rest_timer is None and self.transport.get_write_buffer_size():
+            self._rest_timer = self.loop.call_later(self.drain_timeout_s, self._look_at_rest)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether to keep the connection although the client sends no more.
@@ -167,6 +178,13 @@ class _Connection(HttpToolsProtocol):
                 return
         self._timer = self.loop.call_later(due - now, self._look_at_head)
 
+    def _look_at_rest(self) -> None:
+        """Whether the client has read the rest of an answer that was complete by then."""
+        self._rest_timer = None
+        # A next answer's text is not this one's rest, unless that one cannot even begin.
+        if self.flow.write_paused or (self.transport.get_write_buffer_size() and not self._busy()):
+            self.transport.abort()
+
     def _give_up(self) -> None:
         if self._in_body or not self._head_bytes:
             # The rest of a request that was answered early, or no request at all.
@@ -215,6 +233,10 @@ class BodyWriter:
             cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return True
 
+    def abort(self) -> None:
+        """Hang up without waiting for the client to read what was written."""
+        self._cycle.transport.abort()
+
 
 class _Unfinished(asyncio.Transport):
     """What a request writes to while its body is not here yet: closing it lingers."""
@@ -231,6 +253,9 @@ class _Unfinished(asyncio.Transport):
 
     def close(self) -> None:
         self._connection.linger()
+
+    def abort(self) -> None:
+        self._connection.transport.abort()
 
 
 def _too_large() -> CodedError:

@@ -69,7 +69,7 @@ def create_server(fleet: Fleet, settings: Settings, metrics: Metrics) -> Server:
     """A server ready for ``serve(sockets=[...])`` on the main thread's event loop."""
     config = uvicorn.Config(
         create_app(fleet, settings, metrics),
-        http=protocol(settings.header_timeout_s),
+        http=protocol(settings.header_timeout_s, settings.drain_timeout_s),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -143,6 +143,7 @@ class EventStream(Response):
         )
         # Under another server than ours there is none, and all goes through ``send``.
         body: BodyWriter | None = scope.get(BODY_WRITER)
+        last_call = _LastCall(self._streams, body, self._gateway.settings.drain_timeout_s)
         end = b""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -159,12 +160,16 @@ class EventStream(Response):
             end = self._events.error(failure)
         except asyncio.CancelledError:
             self._call.outcome = ErrorCode.SHUTTING_DOWN.value
+            last_call.stop()
             raise
         finally:
             keep_alive.stop()
             self._watch.cancel()
             release(self._gateway, self._call, self._streams)
-        await _send(send, end, more=False)
+        try:
+            await _send(send, end, more=False)
+        finally:
+            last_call.stop()
 
     async def _relay_all(
         self, send: Send, body: BodyWriter | None, keep_alive: _KeepAlive
@@ -225,6 +230,41 @@ class EventStream(Response):
 
 async def _send(send: Send, body: bytes, *, more: bool) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+class _LastCall:
+    """Hangs up on a client that does not read, some time after its answer has ended.
+
+    Without it a stream that was cut off, or whose deadline has passed, waits for its
+    client to read what came before that: for ever, if it just stops.
+    """
+
+    def __init__(
+        self, streams: Sequence[RequestStream], body: BodyWriter | None, timeout_s: float
+    ) -> None:
+        self._streams = streams
+        self._body = body
+        self._timeout_s = timeout_s
+        self._timer: asyncio.TimerHandle | None = None
+        if body is not None:
+            for stream in streams:
+                stream.when_over(self._on_over)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _on_over(self) -> None:
+        over = all(stream.ended for stream in self._streams)
+        # When one of several answers fails, the others are given up for it.
+        if self._timer is None and (over or any(stream.failed for stream in self._streams)):
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._timeout_s, self._hang_up)
+
+    def _hang_up(self) -> None:
+        assert self._body is not None
+        log.info("a client is hung up on: it does not read the end of its answer")
+        self._body.abort()
 
 
 class _KeepAlive:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from protocol.errors import ErrorCode
+from protocol.messages import FinishReason
 from supervisor.gateway import server
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
@@ -23,20 +26,31 @@ Connected = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @asynccontextmanager
-async def connected(fleet: FakeFleet, home: Path, **more: object) -> AsyncIterator[Connected]:
+async def serving(
+    fleet: FakeFleet, home: Path, **more: object
+) -> AsyncIterator[tuple[server.Server, int]]:
+    """A server and its port."""
     settings = Settings(home=home, port=0, **more)  # type: ignore[arg-type]
     with contextlib.closing(server.bind(settings)) as listener:
         running = server.create_server(fleet, settings, Metrics())
         task = asyncio.create_task(running.serve(sockets=[listener]))
-        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        try:
+            yield running, listener.getsockname()[1]
+        finally:
+            running.ask_exit()
+            await task
+
+
+@asynccontextmanager
+async def connected(fleet: FakeFleet, home: Path, **more: object) -> AsyncIterator[Connected]:
+    async with serving(fleet, home, **more) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             yield reader, writer
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
-            running.ask_exit()
-            await task
 
 
 def answer(data: bytes) -> tuple[int, str]:
@@ -188,3 +202,96 @@ async def test_who_leaves_with_a_request_waiting_leaves_the_running_one_too(
                 submitted.say("lo")
                 await asyncio.sleep(0.01)
         assert len(fleet.requests) == 1
+
+
+# --- clients that do not read ---
+
+
+def chat_request(**options: object) -> bytes:
+    body = json.dumps(
+        {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **options}
+    ).encode()
+    fields = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+    return CHAT + fields + b"x-request-timeout: 0.3\r\n\r\n" + body
+
+
+async def open_deaf(port: int) -> socket.socket:
+    """A connection whose client takes little and reads nothing."""
+    deaf = socket.socket()
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    deaf.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(deaf, ("127.0.0.1", port))
+    return deaf
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
+    async with asyncio.timeout(timeout_s):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("end", ["overflow", "deadline", "finish", "crash", "one of two"])
+async def test_who_does_not_read_is_hung_up_on_and_nobody_else(
+    fleet: FakeFleet, tmp_path: Path, end: str
+) -> None:
+    fleet.script, fleet.max_buffer_bytes = None, 300_000
+    async with serving(fleet, tmp_path, drain_timeout_s=0.2) as (running, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(chat_request().replace(b"x-request-timeout: 0.3\r\n", b""))
+        listener = await fleet.request()
+        listener.accept()
+        listener.say("first")
+        await reader.readuntil(b"first")
+        deaf = await open_deaf(port)
+        deaf.send(chat_request(n=2 if end == "one of two" else 1))
+        stuck = await fleet.request(1)
+        if end == "one of two":
+            (await fleet.request(2)).accept()
+        stuck.accept()
+        # More than the kernel and the server take without asking.
+        while not stuck.stream.ended:
+            stuck.say("x" * 50_000)
+            await asyncio.sleep(0)
+            if end != "overflow" and held_back(running) and len(running.server_state.tasks) == 2:
+                break
+        match end:
+            case "finish":
+                stuck.finish()
+            case "crash" | "one of two":
+                stuck.fail(ErrorCode.MODEL_CRASHED)
+        await until(lambda: len(running.server_state.connections) == 1)
+        await until(lambda: len(running.server_state.tasks) == 1)
+        assert stuck.stream.ended
+        # The other one never notices.
+        listener.say("second", FinishReason.STOP)
+        assert b"[DONE]" in await reader.readuntil(b"[DONE]")
+        deaf.close()
+        writer.close()
+
+
+def held_back(running: server.Server) -> bool:
+    return any(c.flow.write_paused for c in running.server_state.connections)  # type: ignore[union-attr]
+
+
+async def test_a_whole_answer_that_nobody_reads_is_not_kept(
+    fleet: FakeFleet, tmp_path: Path
+) -> None:
+    fleet.script = ("x" * 20_000_000,)
+    async with serving(fleet, tmp_path, drain_timeout_s=0.2) as (running, port):
+        deaf = await open_deaf(port)
+        deaf.send(chat_request(stream=False))
+        await fleet.request()
+        await until(lambda: not running.server_state.connections)
+        deaf.close()
+
+
+async def test_who_reads_slowly_gets_it_all(fleet: FakeFleet, tmp_path: Path) -> None:
+    fleet.script = ("x" * 2_000_000,)
+    async with serving(fleet, tmp_path, drain_timeout_s=5.0) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
+        writer.write(chat_request())
+        await asyncio.sleep(0.3)
+        assert len(await reader.readuntil(b"[DONE]")) > 2_000_000
+        writer.close()
