@@ -1,7 +1,10 @@
 """The inference API on real backends and real models, as clients use it."""
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -21,6 +24,12 @@ PARIS: list[Any] = [
 def client(real_server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
 
 
 def content(server: Server, model: str, **options: Any) -> str:
@@ -173,6 +182,42 @@ def test_a_prompt_longer_than_the_context(real_server: Server, model: str) -> No
         400,
         "context_length_exceeded",
     )
+
+
+def test_a_prompt_of_megabytes_holds_no_stream_up(
+    real_server: Server, pool: ThreadPoolExecutor
+) -> None:
+    def gaps() -> list[float]:
+        stream = real_server.stream("demo", temperature=0, max_tokens=400, ignore_eos=True)
+        arrivals = [time.monotonic() for _ in stream]
+        return [after - before for before, after in pairwise(arrivals)]
+
+    streams = [pool.submit(gaps) for _ in range(2)]
+    for _ in polls(20):
+        if real_server.model("demo")["in_flight"] == 2:
+            break
+    answer = real_server.chat("demo", "word and another " * 1_800_000)
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert not any(stream.done() for stream in streams), "nothing was there to be held up"
+    # To tokenise all of it takes ten seconds.
+    assert max(max(stream.result(120)) for stream in streams) < 4
+
+
+@pytest.mark.parametrize("model", [*REAL, "demo"])
+def test_what_was_cached_is_told_and_counted(real_server: Server, model: str) -> None:
+    def counted() -> float:
+        lines = real_server.http.get("/metrics").text.splitlines()
+        name = f'opta_lmx_cached_prompt_tokens_total{{model="{model}"}} '
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    before, prompt = counted(), f"Once upon a time, {model} said: " + "one two three " * 20
+    cached = []
+    for _ in range(2):
+        usage = real_server.chat(model, prompt, max_tokens=4).json()["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    # All but the last token, which has to be computed for what follows it.
+    assert usage["prompt_tokens"] * 0.9 < cached[1] < usage["prompt_tokens"]
+    assert counted() - before == sum(cached)
 
 
 @pytest.mark.parametrize("model", REAL)

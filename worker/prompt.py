@@ -23,6 +23,11 @@ from worker.compiler import Source
 from worker.constrained import closer_of, constraint_of
 from worker.gate import GatedMask
 
+#: Characters that a token of ordinary text has at most, on average.
+_USUAL_TOKEN = 8
+#: So many tokens of a text's beginning may become others when it goes on.
+_SEAM = 64
+
 #: How much of the rendered prompt's end tells a parser where the answer begins.
 _TAIL = 200
 
@@ -81,14 +86,8 @@ class PromptBuilder:
         if not prepared.tokens:
             raise CodedError(ErrorCode.INVALID_VALUE, "the prompt has no tokens", param=param)
         self._check_tokens(request.sampling.logit_bias, "logit_bias")
-        room = self._model.context_length - len(prepared.tokens)
-        if room < 1:
-            raise CodedError(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"this model's context length is {self._model.context_length} tokens, "
-                f"but the prompt has {len(prepared.tokens)} and the answer needs at least one",
-                param=param,
-            )
+        if len(prepared.tokens) >= self._model.context_length:
+            raise self._too_long(str(len(prepared.tokens)), param)
         return prepared
 
     def _prepare_chat(self, request: Generate) -> Prepared:
@@ -97,7 +96,7 @@ class PromptBuilder:
         if not self._knows_tools:
             conversation = spell_out_tools(conversation)
         text = self._backend.render_chat(conversation)
-        tokens = self._backend.encode_rendered(text)
+        tokens = self._encode(self._backend.encode_rendered, text, "messages")
         tail = text[-_TAIL:]
         constraint, param = constraint_of(request, tools, self._format)
         gate = self._gate(tail, constraint) if constraint is not None else None
@@ -123,13 +122,35 @@ class PromptBuilder:
 
     def _prepare_text(self, request: Generate) -> Prepared:
         if isinstance(request.prompt, str):
-            tokens = self._backend.encode_text(request.prompt)
+            tokens = self._encode(self._backend.encode_text, request.prompt, "prompt")
             echo = request.prompt if request.echo else ""
             return Prepared(tokens, echo=echo, constraint=request.constraint)
         tokens = request.prompt or []
         self._check_tokens(tokens, "prompt")
         echo = self._text_of(tokens) if request.echo else ""
         return Prepared(tokens, echo=echo, constraint=request.constraint)
+
+    def _encode(self, encode: Callable[[str], list[int]], text: str, param: str) -> list[int]:
+        """Tokenise; refuse what cannot fit for its beginning.
+
+        No answer of this model goes on meanwhile, and it takes a third of a second per
+        megabyte: a text of any length must not take more than one that fits.
+        """
+        context_length = self._model.context_length
+        size = _USUAL_TOKEN * context_length
+        while 2 * size < len(text):
+            if len(encode(text[:size])) > context_length + _SEAM:
+                raise self._too_long("more than that", param)
+            size *= 2
+        return encode(text)
+
+    def _too_long(self, count: str, param: str) -> CodedError:
+        return CodedError(
+            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+            f"this model's context length is {self._model.context_length} tokens, "
+            f"but the prompt has {count} and the answer needs at least one",
+            param=param,
+        )
 
     def _text_of(self, tokens: Iterable[int]) -> str:
         detokenizer = self._backend.new_detokenizer()

@@ -86,3 +86,29 @@ def test_what_is_at_fault_is_named(
     with pytest.raises(CodedError) as refused:
         builder(tmp_path, context_length=10).prepare(request_)
     assert (refused.value.code, refused.value.param) == (code, param)
+
+
+def test_what_cannot_fit_is_refused_for_its_beginning(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    class Tokenizer(SimulatedBackend):
+        """Four characters a token, but runs of spaces, which are one of 100."""
+
+        def encode_text(self, text: str) -> list[int]:
+            read.append(len(text))
+            words = len(text.replace(" ", "")) // 4
+            return [1] * (words + text.count(" ") // 100)
+
+    path = tmp_path / "m.sim.json"
+    path.write_text(json.dumps({"context_length": 1000}))
+    backend = Tokenizer()
+    prompts = PromptBuilder(backend, backend.load(Load(str(path)), lambda _: None))
+    for text in ("word" * 5_000_000, " " * 50_000 + "word" * 5_000_000):
+        read.clear()
+        with pytest.raises(CodedError) as refused:
+            prompts.prepare(Generate(1, prompt=text))
+        assert refused.value.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED
+        assert refused.value.param == "prompt"
+        assert sum(read) < 300_000
+    # Long, and fits.
+    assert len(prompts.prepare(Generate(1, prompt=" " * 90_000)).tokens) == 900
