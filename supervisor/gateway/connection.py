@@ -223,15 +223,17 @@ class BodyWriter:
         self._cycle = cycle
         self._flow = cycle.flow
 
-    def write(self, data: bytes) -> bool:
-        """Write a piece of the body, never empty; False: not now, the client is behind."""
-        if self._flow.write_paused:
-            return False
+    @property
+    def behind(self) -> bool:
+        """Whether the client has enough to read: what is written now is kept in memory."""
+        return bool(self._flow.write_paused)
+
+    def write(self, data: bytes) -> None:
+        """Write a piece of the body, never empty."""
         cycle = self._cycle
         if not cycle.disconnected:
             # A stream has no length: uvicorn has announced chunks.
             cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True
 
     def abort(self) -> None:
         """Hang up without waiting for the client to read what was written."""

@@ -55,7 +55,8 @@ def encode_json(value: object) -> bytes:
 class EventFormat(Protocol):
     """One API's way to say things in events; every method returns whole events.
 
-    ``index`` counts the answers, where a request has several.
+    ``index`` counts the answers, where a request has several. What a method returns is
+    sent, in that order: a format may keep count.
     """
 
     def first(self, streams: Sequence[RequestStream]) -> bytes:
@@ -200,10 +201,12 @@ class EventStream(Response):
 
         def pass_on(text: str, extras: Extras | None) -> bool:
             assert body is not None
-            # Some extras are nothing to tell; an empty piece would end the body.
-            data = events.piece(index, text, extras)
-            if data and not body.write(data):
+            # Before the piece is put into words: a format counts what it has said.
+            if body.behind:
                 return False
+            # Some extras are nothing to tell; an empty piece would end the body.
+            if data := events.piece(index, text, extras):
+                body.write(data)
             keep_alive.last_sent = clock()
             return True
 

@@ -185,3 +185,29 @@ async def test_disconnect_cancels_every_prompt(app: ASGIApp, fleet: FakeFleet) -
     exchange.disconnect()
     await exchange.finish()
     assert all(submitted.cancelled for submitted in fleet.requests)
+
+
+async def test_offsets_of_a_client_that_was_behind_count_each_token_once(
+    app: ASGIApp, fleet: FakeFleet
+) -> None:
+    fleet.script = None
+    call = Exchange(app, "POST", PATH, json=body(logprobs=0, stream=True))
+    submitted = await fleet.request()
+    submitted.accept()
+
+    def say(text: str) -> None:
+        found = TokenLogprob(5, text.encode(), -0.5)
+        submitted.stream.push(Delta(0, text, [1], extras=Extras(logprobs=[found])))
+
+    say("ab")
+    await call.wait_for_messages(3)
+    call.behind = True
+    say("cd")
+    await call.wait_for_messages(4)
+    call.behind = False
+    say("ef")
+    submitted.finish()
+    await call.finish()
+    *chunks, _ = events(call.body)
+    found_all = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [found["text_offset"] for found in found_all if found] == [[0], [2], [4]]
