@@ -14,7 +14,7 @@ from protocol.chat import ChatMessage, Constraint, Extras, Tool, ToolChoice
 from protocol.errors import ErrorCode
 from protocol.records import Message, Record
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Phase(StrEnum):
@@ -126,6 +126,29 @@ class Generate(Message, frozen=True):
     raw: bool = False
 
 
+class Tokenize(Message, frozen=True):
+    """Tell the tokens of the prompt that ``generate`` would have, however many they are;
+    nothing is generated. Answered by ``Tokenized`` or ``Rejected``.
+
+    With ``count_only`` only their number is told. ``add_special``: a prompt that is text
+    begins with what this model's prompts begin with.
+    """
+
+    request_id: int
+    generate: Generate
+    count_only: bool = False
+    add_special: bool = True
+
+
+class Detokenize(Message, frozen=True):
+    """Tell the text of tokens, special ones too; answered by ``Detokenized`` or ``Rejected``."""
+
+    request_id: int
+    tokens: list[int]
+    client: str = ""
+    priority: Priority = Priority.NORMAL
+
+
 class Cancel(Message, frozen=True):
     """Stop a request between two steps; answered by a ``cancelled`` delta."""
 
@@ -228,6 +251,21 @@ class Step(Message, frozen=True):
     deltas: list[Delta]
 
 
+class Tokenized(Message, frozen=True):
+    """``tokens`` is empty where only the count was asked for."""
+
+    request_id: int
+    count: int
+    tokens: list[int] = []
+
+
+class Detokenized(Message, frozen=True):
+    """The text of the tokens that were asked about."""
+
+    request_id: int
+    text: str
+
+
 class Beat(Message, frozen=True):
     """Sign of life from the worker's I/O thread.
 
@@ -246,7 +284,11 @@ class BackendFault(Message, frozen=True):
     message: str
 
 
-ToWorker = Load | Generate | Cancel | Shutdown
+#: What the worker answers without a slot, beside its requests.
+Inquiry = Tokenize | Detokenize
+InquiryAnswer = Tokenized | Detokenized
+
+ToWorker = Load | Generate | Tokenize | Detokenize | Cancel | Shutdown
 FromWorker = (
     Hello
     | LoadProgress
@@ -256,6 +298,8 @@ FromWorker = (
     | Started
     | Rejected
     | Step
+    | Tokenized
+    | Detokenized
     | Beat
     | BackendFault
 )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Generate
+from protocol.messages import Generate, Inquiry, InquiryAnswer
 from supervisor import lifecycle, status
 from supervisor.canary import CanaryReport
 from supervisor.gate import ModelSpec
@@ -44,7 +44,8 @@ class Actor:
         #: ``None`` ends the task.
         self._inbox: asyncio.Queue[Event | None] = asyncio.Queue()
         self._requests = RequestTable(
-            max_stream_buffer_bytes=services.settings.max_stream_buffer_bytes
+            max_stream_buffer_bytes=services.settings.max_stream_buffer_bytes,
+            max_inquiries=services.settings.max_queue,
         )
         self._generation: Generation | None = None
         #: Why the last worker's process is still there, if it is.
@@ -135,6 +136,13 @@ class Actor:
         self._request_count += 1
         self._last_used_at = time.time()
         return stream
+
+    async def ask(self, inquiry: Inquiry) -> InquiryAnswer:
+        """See ``Fleet.tokenize``."""
+        incident_id = self._recorder.last_incident_id
+        status.require_routable(self.spec.model_id, self.state, incident_id)
+        self._last_used_at = time.time()
+        return await self._requests.ask(inquiry)
 
     def view(self) -> ModelView:
         """Raises ``model_not_found`` once the model is not tracked any more."""

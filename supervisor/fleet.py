@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Generate
+from protocol.messages import Detokenize, Detokenized, Generate, Tokenize, Tokenized
 from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.compatibility import Record, recommendations
@@ -154,6 +154,22 @@ class Fleet:
         ``rate_limit_exceeded``.
         """
         return self._actor(model_id).submit(request, streaming=streaming)
+
+    async def tokenize(self, model_id: str, inquiry: Tokenize) -> Tokenized:
+        """Ask the model's worker (the ``request_id`` is overwritten), the next one if it dies.
+
+        Raises what ``submit`` does, the worker's refusal, or what became of the model.
+        Takes no slot; who is cancelled calls it off.
+        """
+        answer = await self._actor(model_id).ask(inquiry)
+        assert isinstance(answer, Tokenized)
+        return answer
+
+    async def detokenize(self, model_id: str, inquiry: Detokenize) -> Detokenized:
+        """As ``tokenize``, the other way round."""
+        answer = await self._actor(model_id).ask(inquiry)
+        assert isinstance(answer, Detokenized)
+        return answer
 
     # --- operations ---
 

@@ -24,6 +24,7 @@ from protocol.messages import (
     BackendFault,
     Beat,
     Cancel,
+    Detokenized,
     FromWorker,
     Generate,
     Hello,
@@ -36,6 +37,7 @@ from protocol.messages import (
     Shutdown,
     Started,
     Step,
+    Tokenized,
     ToWorker,
 )
 from supervisor.casefile import ALIVE, GREETED, LOADED, CaseFile
@@ -236,6 +238,8 @@ class Generation:
             case Rejected():
                 self._watchdog.owes = False
                 self._requests.reject(message)
+            case Tokenized() | Detokenized():
+                self._requests.answer(message)
             case BackendFault():
                 self._explained = True
                 self._fail(FailureKind.BACKEND_EXCEPTION, f"the backend raised {message.message}")

@@ -7,6 +7,7 @@ typed error.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -23,10 +24,13 @@ from protocol.messages import (
     Delta,
     FinishReason,
     Generate,
+    Inquiry,
+    InquiryAnswer,
     Phase,
     Rejected,
     Sampling,
     Started,
+    Tokenize,
     ToWorker,
 )
 from supervisor.pace import Pace
@@ -75,21 +79,42 @@ class _Entry:
     runs: int = 0
 
 
-class RequestTable:
-    """All unfinished requests. Methods run on the event loop and never wait.
+@dataclass(slots=True)
+class _OpenInquiry:
+    """As ``_Entry``, of what is answered whole and takes no slot."""
 
-    ``clock`` is monotonic, in seconds.
+    request: Inquiry
+    answer: asyncio.Future[InquiryAnswer]
+    sent: bool = False
+    runs: int = 0
+
+    def fail(self, error: CodedError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+class RequestTable:
+    """All unfinished requests, and inquiries beside them, which count in none of the
+    numbers. Methods run on the event loop; only ``ask`` waits.
+
+    ``clock`` is monotonic, in seconds. At most ``max_inquiries`` are open.
     """
 
     def __init__(
-        self, *, max_stream_buffer_bytes: int, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        max_stream_buffer_bytes: int,
+        max_inquiries: int = 64,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_stream_buffer_bytes = max_stream_buffer_bytes
+        self._max_inquiries = max_inquiries
         self._clock = clock
         self._pace = Pace()
         self._entries: dict[int, _Entry] = {}
         #: Given up, and not ended yet at the worker; by id, whether that was told.
         self._given_up: dict[int, bool] = {}
+        self._inquiries: dict[int, _OpenInquiry] = {}
         self._send: SendToWorker | None = None
 
     def __len__(self) -> int:
@@ -142,6 +167,36 @@ class RequestTable:
         self._pace.busy(now)
         return stream
 
+    async def ask(self, inquiry: Inquiry) -> InquiryAnswer:
+        """Ask the worker something, the next one if this one dies; its id is overwritten.
+
+        Raises ``CodedError``: ``rate_limit_exceeded``, the worker's refusal, or what
+        became of the model. Who is cancelled calls the inquiry off.
+        """
+        if len(self._inquiries) >= self._max_inquiries:
+            raise CodedError(
+                ErrorCode.RATE_LIMIT_EXCEEDED,
+                f"the model has {len(self._inquiries)} inquiries in hand already",
+                retry_after_s=1.0,
+            )
+        request_id = next(_ids)
+        inquiry = msgspec.structs.replace(inquiry, request_id=request_id)
+        entry = _OpenInquiry(inquiry, asyncio.get_running_loop().create_future())
+        if not self._run(entry):
+            raise _worker_blocked()
+        self._inquiries[request_id] = entry
+        try:
+            return await entry.answer
+        finally:
+            called_off = self._inquiries.pop(request_id, None) is not None
+            if called_off and entry.sent and self._send is not None:
+                self._send(Cancel(request_id))
+
+    def answer(self, message: InquiryAnswer) -> None:
+        entry = self._inquiries.pop(message.request_id, None)
+        if entry is not None and not entry.answer.done():
+            entry.answer.set_result(message)
+
     def deliver(self, deltas: Iterable[Delta]) -> None:
         """Hand a step's deltas out. Those of abandoned requests are dropped."""
         for delta in deltas:
@@ -172,8 +227,11 @@ class RequestTable:
             self._hear_of_given_up(message.request_id)
 
     def reject(self, message: Rejected) -> None:
+        error = CodedError(message.code, message.message, param=message.param)
         if (entry := self._remove(message.request_id)) is not None:
-            entry.stream.fail(CodedError(message.code, message.message, param=message.param))
+            entry.stream.fail(error)
+        elif (inquiry := self._inquiries.pop(message.request_id, None)) is not None:
+            inquiry.fail(error)
         else:
             self._hear_of_given_up(message.request_id, ended=True)
 
@@ -181,13 +239,17 @@ class RequestTable:
         """What the worker must be doing: newer than its last beat."""
         running = [entry for entry in self._entries.values() if entry.sent]
         if not running:
-            return Phase.IDLE
+            asked = any(inquiry.sent for inquiry in self._inquiries.values())
+            return Phase.PREFILL if asked else Phase.IDLE
         begun = any(entry.stream.completion_tokens for entry in running)
         return Phase.DECODE if begun else Phase.PREFILL
 
     def running(self) -> list[Generate]:
-        """The requests that the worker has, as they came, oldest first."""
-        return [entry.asked for entry in self._entries.values() if entry.sent]
+        """The requests that the worker has, as they came, oldest first, then those it was
+        asked about."""
+        running = [entry.asked for entry in self._entries.values() if entry.sent]
+        inquiries = [entry.request for entry in self._inquiries.values() if entry.sent]
+        return running + [each.generate for each in inquiries if isinstance(each, Tokenize)]
 
     def sent(self) -> int:
         """How many the worker has; the others wait for the next one."""
@@ -206,6 +268,11 @@ class RequestTable:
                 entry.stream.fail(_with_tokens_sent(error, entry.stream))
             else:
                 entry.stream.restart()
+        for request_id, inquiry in list(self._inquiries.items()):
+            inquiry.sent = False
+            if inquiry.runs >= MAX_RUNS:
+                del self._inquiries[request_id]
+                inquiry.fail(error)
 
     def resume(self) -> None:
         """Run what was parked, oldest first, on the connected worker."""
@@ -213,14 +280,21 @@ class RequestTable:
             if not self._run(entry):
                 self._remove(request_id)
                 entry.stream.fail(_worker_blocked())
+        for request_id, inquiry in list(self._inquiries.items()):
+            if not self._run(inquiry):
+                del self._inquiries[request_id]
+                inquiry.fail(_worker_blocked())
 
     def fail_all(self, error: CodedError) -> None:
         entries, self._entries = self._entries, {}
+        inquiries, self._inquiries = self._inquiries, {}
         self._pace.idle()
         for entry in entries.values():
             entry.stream.fail(_with_tokens_sent(error, entry.stream))
+        for inquiry in inquiries.values():
+            inquiry.fail(error)
 
-    def _run(self, entry: _Entry) -> bool:
+    def _run(self, entry: _Entry | _OpenInquiry) -> bool:
         """Give a request to the worker; False when that does not read.
 
         A request that is lost with its worker stays, and runs on the next one.

@@ -17,6 +17,8 @@ from protocol.messages import (
     Delta,
     FinishReason,
     Generate,
+    Inquiry,
+    InquiryAnswer,
     Loaded,
     Phase,
     Rejected,
@@ -123,6 +125,18 @@ class Engine:
         self._queue.enter(request.request_id, request.client, request.priority)
         self._update_vitals()
         return Accepted(request.request_id, len(prepared.tokens))
+
+    def answer(self, inquiry: Inquiry) -> InquiryAnswer | Rejected:
+        """Answer at once, whatever is running: no sequence comes of it."""
+        self._vitals.phase = Phase.PREFILL
+        self._vitals.in_hand += 1
+        self._vitals.advance()
+        try:
+            return self._prompts.answer(inquiry)
+        except CodedError as error:
+            return Rejected(inquiry.request_id, error.code, error.message, error.param)
+        finally:
+            self._update_vitals()
 
     def cancel(self, request_id: int) -> Delta | None:
         """Drop a request; None if it is unknown, as when it has just ended."""

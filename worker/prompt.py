@@ -9,7 +9,16 @@ import msgspec
 
 from protocol.chat import Constraint, Tool, ToolChoice
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Generate, Loaded
+from protocol.messages import (
+    Detokenize,
+    Detokenized,
+    Generate,
+    Inquiry,
+    InquiryAnswer,
+    Loaded,
+    Tokenize,
+    Tokenized,
+)
 from worker.backends.base import Backend, TokenMask
 from worker.chat.conversation import Conversation, knows_tools, spell_out_tools
 from worker.chat.output import (
@@ -30,6 +39,13 @@ _SEAM = 64
 
 #: How much of the rendered prompt's end tells a parser where the answer begins.
 _TAIL = 200
+
+#: What an answer to an inquiry may hold: the supervisor takes a much larger message for
+#: a broken worker's.
+MAX_TOKENS_TOLD = 1_000_000
+#: A prompt is counted up to here, also by models whose context is smaller.
+MAX_TOKENS_COUNTED = 262_144
+MAX_TEXT_BYTES_TOLD = 8 * 1024 * 1024
 
 
 class Prepared(NamedTuple):
@@ -79,10 +95,8 @@ class PromptBuilder:
 
     def prepare(self, request: Generate) -> Prepared:
         """Raises ``CodedError`` with the parameter at fault."""
-        if request.messages is not None:
-            prepared, param = self._prepare_chat(request), "messages"
-        else:
-            prepared, param = self._prepare_text(request), "prompt"
+        param = _param(request)
+        prepared = self._render(request, self._model.context_length)
         if not prepared.tokens:
             raise CodedError(ErrorCode.INVALID_VALUE, "the prompt has no tokens", param=param)
         self._check_tokens(request.sampling.logit_bias, "logit_bias")
@@ -90,13 +104,51 @@ class PromptBuilder:
             raise self._too_long(str(len(prepared.tokens)), param)
         return prepared
 
-    def _prepare_chat(self, request: Generate) -> Prepared:
+    def answer(self, inquiry: Inquiry) -> InquiryAnswer:
+        """Raises ``CodedError`` with the parameter at fault."""
+        match inquiry:
+            case Tokenize():
+                return self._tokenize(inquiry)
+            case Detokenize():
+                return self._detokenize(inquiry)
+
+    def _tokenize(self, inquiry: Tokenize) -> Tokenized:
+        request = inquiry.generate
+        limit = max(self._model.context_length, MAX_TOKENS_COUNTED)
+        tokens = self._render(request, limit, add_special=inquiry.add_special).tokens
+        if inquiry.count_only:
+            return Tokenized(inquiry.request_id, len(tokens))
+        if len(tokens) > MAX_TOKENS_TOLD:
+            raise CodedError(
+                ErrorCode.INVALID_VALUE,
+                f"{len(tokens)} tokens; at most {MAX_TOKENS_TOLD} can be listed",
+                param=_param(request),
+            )
+        return Tokenized(inquiry.request_id, len(tokens), tokens)
+
+    def _detokenize(self, inquiry: Detokenize) -> Detokenized:
+        self._check_tokens(inquiry.tokens, "tokens")
+        text = b"".join(map(self._backend.token_bytes, inquiry.tokens))
+        if len(text) > MAX_TEXT_BYTES_TOLD:
+            raise CodedError(
+                ErrorCode.INVALID_VALUE,
+                f"a text of {len(text)} bytes; at most {MAX_TEXT_BYTES_TOLD} can be told",
+                param="tokens",
+            )
+        return Detokenized(inquiry.request_id, text.decode(errors="replace"))
+
+    def _render(self, request: Generate, limit: int, *, add_special: bool = True) -> Prepared:
+        if request.messages is not None:
+            return self._prepare_chat(request, limit)
+        return self._prepare_text(request, limit, add_special=add_special)
+
+    def _prepare_chat(self, request: Generate, limit: int) -> Prepared:
         tools: list[Tool] = [] if request.tool_choice is ToolChoice.NONE else request.tools
         conversation = Conversation(request.messages or [], tools, request.template_options)
         if not self._knows_tools:
             conversation = spell_out_tools(conversation)
         text = self._backend.render_chat(conversation)
-        tokens = self._encode(self._backend.encode_rendered, text, "messages")
+        tokens = self._encode(self._backend.encode_rendered, text, "messages", limit)
         tail = text[-_TAIL:]
         constraint, param = constraint_of(request, tools, self._format)
         gate = self._gate(tail, constraint) if constraint is not None else None
@@ -120,9 +172,13 @@ class PromptBuilder:
         token_bytes, size = self._backend.token_bytes, self._model.vocab_size
         return lambda mask: GatedMask(mask, closer, token_bytes, size)
 
-    def _prepare_text(self, request: Generate) -> Prepared:
+    def _prepare_text(self, request: Generate, limit: int, *, add_special: bool) -> Prepared:
         if isinstance(request.prompt, str):
-            tokens = self._encode(self._backend.encode_text, request.prompt, "prompt")
+
+            def encode(text: str) -> list[int]:
+                return self._backend.encode_text(text, add_special=add_special)
+
+            tokens = self._encode(encode, request.prompt, "prompt", limit)
             echo = request.prompt if request.echo else ""
             return Prepared(tokens, echo=echo, constraint=request.constraint)
         tokens = request.prompt or []
@@ -130,16 +186,17 @@ class PromptBuilder:
         echo = self._text_of(tokens) if request.echo else ""
         return Prepared(tokens, echo=echo, constraint=request.constraint)
 
-    def _encode(self, encode: Callable[[str], list[int]], text: str, param: str) -> list[int]:
-        """Tokenise; refuse what cannot fit for its beginning.
+    def _encode(
+        self, encode: Callable[[str], list[int]], text: str, param: str, limit: int
+    ) -> list[int]:
+        """Tokenise; refuse what has more than ``limit`` tokens for its beginning.
 
         No answer of this model goes on meanwhile, and it takes a third of a second per
         megabyte: a text of any length must not take more than one that fits.
         """
-        context_length = self._model.context_length
-        size = _USUAL_TOKEN * context_length
+        size = _USUAL_TOKEN * limit
         while 2 * size < len(text):
-            if len(encode(text[:size])) > context_length + _SEAM:
+            if len(encode(text[:size])) > limit + _SEAM:
                 raise self._too_long("more than that", param)
             size *= 2
         return encode(text)
@@ -165,3 +222,8 @@ class PromptBuilder:
                     f"token id {token} is outside the vocabulary of {size} tokens",
                     param=param,
                 )
+
+
+def _param(request: Generate) -> str:
+    """The field that the prompt is from."""
+    return "prompt" if request.messages is None else "messages"

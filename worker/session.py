@@ -16,15 +16,19 @@ from protocol.messages import (
     BackendFault,
     Cancel,
     Delta,
+    Detokenize,
     FinishReason,
     Generate,
     Hello,
+    Inquiry,
     Load,
     LoadFailed,
     LoadProgress,
     Phase,
+    Priority,
     Shutdown,
     Step,
+    Tokenize,
     ToWorker,
 )
 from worker.backends import create_backend
@@ -129,7 +133,8 @@ class Service:
     Whatever has arrived is looked at before every step, so that a cancellation holds
     from the next one on. New requests are only put by; as many as fit the budget are
     submitted, in the order in which their clients are entitled to, and the others
-    after the step: however many arrive at once, the running answers go on.
+    after the step: however many arrive at once, the running answers go on. Inquiries
+    wait for their turn like requests, but for no slot.
     """
 
     def __init__(
@@ -138,7 +143,7 @@ class Service:
         self._engine = engine
         self._link = link
         self._clock = clock
-        self._arrived: dict[int, Generate] = {}
+        self._arrived: dict[int, Generate | Inquiry] = {}
         self._order = RequestQueue()
         self._stepped = False
 
@@ -161,9 +166,10 @@ class Service:
     def _receive(self, message: ToWorker) -> bool:
         """Carry out one message, or put it by; False when it was the last."""
         match message:
-            case Generate():
-                self._order.enter(message.request_id, message.client, message.priority)
-                self._arrived[message.request_id] = message
+            case Generate() | Detokenize():
+                self._put_by(message, message.client, message.priority)
+            case Tokenize():
+                self._put_by(message, message.generate.client, message.generate.priority)
             case Cancel():
                 self._cancel(message.request_id)
             case Load():
@@ -172,13 +178,19 @@ class Service:
                 return False
         return True
 
+    def _put_by(self, message: Generate | Inquiry, client: str, priority: Priority) -> None:
+        self._order.enter(message.request_id, client, priority)
+        self._arrived[message.request_id] = message
+
     def _submit(self) -> None:
         until = self._clock() + SUBMISSION_BUDGET_S
         while (request_id := self._order.take()) is not None:
             # It is no more than a turn: what runs counts in the engine's own queue.
             self._order.leave(request_id)
-            answer = self._engine.submit(self._arrived.pop(request_id))
-            if answer is not None:
+            message = self._arrived.pop(request_id)
+            if not isinstance(message, Generate):
+                self._link.send(self._engine.answer(message))
+            elif (answer := self._engine.submit(message)) is not None:
                 self._link.send(answer)
             if self._clock() >= until:
                 return

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 import msgspec
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Delta, FinishReason, Generate
+from protocol.messages import (
+    Delta,
+    Detokenize,
+    Detokenized,
+    FinishReason,
+    Generate,
+    Inquiry,
+    Tokenize,
+    Tokenized,
+)
 from supervisor.fleet import Fleet
 from supervisor.gate import LoadSpec
 from supervisor.stream import RequestStream
@@ -79,13 +88,20 @@ class Submitted:
 
 @dataclass
 class FakeFleet(Fleet):
-    """Answers every request with ``script`` at once, or not at all when that is None."""
+    """Answers every request with ``script`` at once, or not at all when that is None.
+
+    Inquiries are answered as by a model whose tokens are bytes, or with ``script`` None
+    once ``inquiries_may_end``.
+    """
 
     views: dict[str, ModelView] = field(default_factory=dict)
     script: tuple[str, ...] | None = ("Hel", "lo")
     refusal: CodedError | None = None
     bug: Exception | None = None
     requests: list[Submitted] = field(default_factory=list)
+    inquiries: list[Inquiry] = field(default_factory=list)
+    inquiries_may_end: asyncio.Event = field(default_factory=asyncio.Event)
+    inquiries_called_off: int = 0
     loads: list[LoadSpec] = field(default_factory=list)
     queries: list[dict[str, object]] = field(default_factory=list)
     load_may_end: asyncio.Event = field(default_factory=asyncio.Event)
@@ -148,6 +164,41 @@ class FakeFleet(Fleet):
                 submitted.say(text)
             submitted.say("", FinishReason.STOP)
         return stream
+
+    async def tokenize(self, model_id: str, inquiry: Tokenize) -> Tokenized:
+        await self._inquire(model_id, inquiry)
+        request = inquiry.generate
+        text = request.prompt
+        if request.messages is not None:
+            text = "".join(message.content for message in request.messages)
+        tokens = text if isinstance(text, list) else list((text or "").encode())
+        if inquiry.add_special:
+            tokens = [1, *tokens]
+        return Tokenized(0, len(tokens), [] if inquiry.count_only else tokens)
+
+    async def detokenize(self, model_id: str, inquiry: Detokenize) -> Detokenized:
+        await self._inquire(model_id, inquiry)
+        return Detokenized(0, bytes(inquiry.tokens).decode())
+
+    async def _inquire(self, model_id: str, inquiry: Inquiry) -> None:
+        self.model(model_id)
+        if self.refusal is not None:
+            raise self.refusal
+        self.inquiries.append(inquiry)
+        self._news.set()
+        if self.script is None:
+            try:
+                await self.inquiries_may_end.wait()
+            except asyncio.CancelledError:
+                self.inquiries_called_off += 1
+                raise
+
+    async def inquiry(self, number: int = 0) -> Inquiry:
+        """Wait for the inquiry with this number."""
+        while len(self.inquiries) <= number:
+            self._news.clear()
+            await self._news.wait()
+        return self.inquiries[number]
 
     async def start_load(self, spec: LoadSpec) -> ModelView:
         if self.refusal is not None:

@@ -157,8 +157,9 @@ class Backend(Protocol):
     def encode_rendered(self, text: str) -> list[int]:
         """Tokenise what ``render_chat`` returned. Raises ``PromptRefused``."""
 
-    def encode_text(self, text: str) -> list[int]:
-        """Tokenise raw text, with the beginning-of-sequence token if the model wants one."""
+    def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Tokenise raw text; the beginning-of-sequence token comes first if the model wants
+        one, unless ``add_special`` is False."""
 
     def new_detokenizer(self, markers: Collection[str] = ()) -> Detokenizer:
         """A detokeniser for one answer. Of special tokens it shows ``markers`` only."""

@@ -118,8 +118,8 @@ class LlamaBackend:
     def encode_rendered(self, text: str) -> list[int]:
         return self._vocabulary.encode(text, param="messages")
 
-    def encode_text(self, text: str) -> list[int]:
-        return self._vocabulary.encode(text, param="prompt")
+    def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
+        return self._vocabulary.encode(text, param="prompt", add_bos=add_special)
 
     def new_detokenizer(self, markers: Collection[str] = ()) -> Detokenizer:
         return ByteDetokenizer(self._vocabulary.piece_function(frozenset(markers)))

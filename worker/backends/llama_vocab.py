@@ -34,11 +34,11 @@ class Vocabulary:
         self.bos_text = self._text(self._bos)
         self.eos_text = self._text(llama_cpp.llama_vocab_eos(vocab))
 
-    def encode(self, text: str, *, param: str) -> list[int]:
+    def encode(self, text: str, *, param: str, add_bos: bool = True) -> list[int]:
         """Tokenise; special tokens are recognised by their text.
 
-        The beginning-of-sequence token comes first if the vocabulary wants one,
-        and once only, should the text bring its own. Raises ``PromptRefused``.
+        With ``add_bos`` the beginning-of-sequence token comes first if the vocabulary
+        wants one, and once only, should the text bring its own. Raises ``PromptRefused``.
         """
         try:
             data = text.encode()
@@ -48,7 +48,7 @@ class Vocabulary:
         encoded = self._tokenize(data, parse_special=True)
         if encoded is None:
             raise PromptRefused("the text cannot be tokenised", param=param)
-        if self._add_bos and (not encoded or encoded[0] != self._bos):
+        if add_bos and self._add_bos and (not encoded or encoded[0] != self._bos):
             encoded.insert(0, self._bos)
         return encoded
 

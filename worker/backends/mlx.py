@@ -97,8 +97,8 @@ class MlxBackend:
     def encode_rendered(self, text: str) -> list[int]:
         return self._tokenizer.encode_rendered(text)
 
-    def encode_text(self, text: str) -> list[int]:
-        return self._tokenizer.encode_text(text)
+    def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
+        return self._tokenizer.encode_text(text, add_special=add_special)
 
     def new_detokenizer(self, markers: Collection[str] = ()) -> Detokenizer:
         return self._tokenizer.new_detokenizer(frozenset(markers))

@@ -79,10 +79,10 @@ class Tokenizer:
             ) from error
         return self._checked(tokens, param="messages")
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
         """Tokenise, once with the beginning-of-sequence token if the tokenizer adds one."""
         bos = self._wrapper.bos_token
-        add_special = bos is None or not text.startswith(bos)
+        add_special = add_special and (bos is None or not text.startswith(bos))
         try:
             with self._encoding:
                 tokens = self._wrapper.encode(text, add_special_tokens=add_special)

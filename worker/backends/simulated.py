@@ -132,7 +132,7 @@ class SimulatedBackend:
     def encode_rendered(self, text: str) -> list[int]:
         return self.encode_text(text)
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
     def new_detokenizer(self, markers: Collection[str] = ()) -> Detokenizer:

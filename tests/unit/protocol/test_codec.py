@@ -45,25 +45,29 @@ chat_messages = st.builds(
     tool_call_id=st.none() | text,
 )
 
+generates = st.builds(
+    m.Generate,
+    request_id=ids,
+    messages=st.none() | st.lists(chat_messages),
+    prompt=st.none() | text | st.lists(ids),
+    sampling=st.builds(
+        m.Sampling,
+        temperature=floats,
+        seed=st.none() | st.integers(-(2**63), 2**64 - 1),
+        logit_bias=st.dictionaries(ids, floats, max_size=4),
+    ),
+    stop=st.lists(text, max_size=4),
+    tools=st.lists(st.builds(c.Tool, text, st.none() | text, schemas), max_size=2),
+    tool_choice=st.sampled_from(c.ToolChoice),
+    template_options=schemas,
+    constraint=st.none() | st.builds(c.Constraint, st.sampled_from(c.ConstraintKind), text),
+)
+
 to_worker = st.one_of(
     st.builds(m.Load, path=text, context_length=st.none() | ids),
-    st.builds(
-        m.Generate,
-        request_id=ids,
-        messages=st.none() | st.lists(chat_messages),
-        prompt=st.none() | text | st.lists(ids),
-        sampling=st.builds(
-            m.Sampling,
-            temperature=floats,
-            seed=st.none() | st.integers(-(2**63), 2**64 - 1),
-            logit_bias=st.dictionaries(ids, floats, max_size=4),
-        ),
-        stop=st.lists(text, max_size=4),
-        tools=st.lists(st.builds(c.Tool, text, st.none() | text, schemas), max_size=2),
-        tool_choice=st.sampled_from(c.ToolChoice),
-        template_options=schemas,
-        constraint=st.none() | st.builds(c.Constraint, st.sampled_from(c.ConstraintKind), text),
-    ),
+    generates,
+    st.builds(m.Tokenize, ids, generates, st.booleans(), st.booleans()),
+    st.builds(m.Detokenize, ids, st.lists(ids), text, st.sampled_from(m.Priority)),
     st.builds(m.Cancel, request_id=ids),
     st.just(m.Shutdown()),
 )
@@ -87,6 +91,8 @@ from_worker = st.one_of(
             )
         ),
     ),
+    st.builds(m.Tokenized, ids, ids, st.lists(ids)),
+    st.builds(m.Detokenized, ids, text),
     st.builds(m.Beat, st.sampled_from(m.Phase), ids, ids),
     st.builds(m.BackendFault, text),
 )

@@ -1,5 +1,7 @@
 """Requests over the death of their worker: run again unseen, or end in a typed error."""
 
+import asyncio
+
 import pytest
 
 from protocol.errors import CodedError, ErrorCode
@@ -7,11 +9,18 @@ from protocol.messages import (
     Accepted,
     Cancel,
     Delta,
+    Detokenize,
+    Detokenized,
     FinishReason,
     Generate,
+    Inquiry,
+    InquiryAnswer,
+    Phase,
     Rejected,
     Sampling,
     Started,
+    Tokenize,
+    Tokenized,
     ToWorker,
 )
 from supervisor.requests import MAX_GIVEN_UP, Delivery, RequestTable
@@ -34,7 +43,7 @@ class Worker:
 
     def request_id(self, index: int = -1) -> int:
         message = self.sent[index]
-        assert isinstance(message, Generate)
+        assert isinstance(message, Generate | Tokenize | Detokenize)
         return message.request_id
 
 
@@ -326,3 +335,100 @@ async def test_everyone_is_answered_when_nothing_will_serve_them(table: RequestT
         with pytest.raises(CodedError, match="unloaded"):
             await stream.accepted()
     assert len(table) == 0
+
+
+# --- inquiries ---
+
+TOKENIZE = Tokenize(0, Generate(0, prompt="x"))
+
+
+async def ask(table: RequestTable, inquiry: Inquiry = TOKENIZE) -> asyncio.Task[InquiryAnswer]:
+    """An inquiry that has been sent, if there is somebody to send it to."""
+    task = asyncio.create_task(table.ask(inquiry))
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_an_inquiry_is_answered_and_counts_as_no_request(table: RequestTable) -> None:
+    worker = Worker()
+    table.connect(worker)
+    first, second = await ask(table), await ask(table, Detokenize(0, [1]))
+    assert (len(table), table.sent(), table.phase()) == (0, 0, Phase.PREFILL)
+    assert table.running() == [TOKENIZE.generate]
+    table.answer(Detokenized(worker.request_id(1), "a"))
+    table.answer(Tokenized(worker.request_id(0), 1, [7]))
+    assert await second == Detokenized(worker.request_id(1), "a")
+    assert await first == Tokenized(worker.request_id(0), 1, [7])
+    table.answer(Tokenized(worker.request_id(0), 1, [7]))
+    assert table.phase() is Phase.IDLE
+
+
+async def test_a_refused_inquiry_raises(table: RequestTable) -> None:
+    worker = Worker()
+    table.connect(worker)
+    task = await ask(table)
+    table.reject(Rejected(worker.request_id(), ErrorCode.INVALID_VALUE, "bad", "messages"))
+    with pytest.raises(CodedError, match="bad") as error:
+        await task
+    assert error.value.param == "messages"
+
+
+async def test_who_is_cancelled_calls_the_inquiry_off(table: RequestTable) -> None:
+    worker = Worker()
+    table.connect(worker)
+    task = await ask(table)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert worker.sent[-1] == Cancel(worker.request_id(0))
+    table.answer(Tokenized(worker.request_id(0), 1))
+
+
+async def test_an_inquiry_runs_again_on_the_next_worker_and_once_only(table: RequestTable) -> None:
+    table.connect(Worker())
+    task = await ask(table)
+    for _ in range(2):
+        table.disconnect()
+        table.park(CRASHED)
+        assert table.phase() is Phase.IDLE
+        second = Worker()
+        table.connect(second)
+        table.resume()
+    assert second.sent == []
+    with pytest.raises(CodedError, match="SIGSEGV"):
+        await task
+
+
+async def test_an_inquiry_that_survived_its_worker_is_answered(table: RequestTable) -> None:
+    table.connect(Worker())
+    task = await ask(table)
+    table.disconnect()
+    table.park(CRASHED)
+    second = Worker()
+    table.connect(second)
+    table.resume()
+    table.answer(Tokenized(second.request_id(), 3))
+    assert (await task) == Tokenized(second.request_id(), 3)
+
+
+async def test_inquiries_end_when_nothing_will_serve_them(table: RequestTable) -> None:
+    table.connect(Worker())
+    task = await ask(table)
+    table.fail_all(CodedError(ErrorCode.MODEL_UNLOADED, "unloaded"))
+    with pytest.raises(CodedError, match="unloaded"):
+        await task
+
+
+async def test_inquiries_are_bounded() -> None:
+    table = RequestTable(max_stream_buffer_bytes=1000, max_inquiries=2)
+    table.connect(Worker())
+    tasks = [await ask(table) for _ in range(3)]
+    with pytest.raises(CodedError) as error:
+        await tasks.pop()
+    assert error.value.code is ErrorCode.RATE_LIMIT_EXCEEDED
+    assert error.value.retry_after_s is not None
+    table.fail_all(CRASHED)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    table.connect(Worker(Delivery.BLOCKED))
+    with pytest.raises(CodedError, match="does not take any more"):
+        await table.ask(TOKENIZE)

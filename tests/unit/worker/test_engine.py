@@ -317,9 +317,9 @@ def test_a_prompt_that_is_being_encoded_is_work_in_hand(tmp_path: Path) -> None:
     seen: list[tuple[Phase, int]] = []
 
     class Watched(SimulatedBackend):
-        def encode_text(self, text: str) -> list[int]:
+        def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
             seen.append((rig.vitals.phase, rig.vitals.in_hand))
-            return super().encode_text(text)
+            return super().encode_text(text, add_special=add_special)
 
     rig = Rig(tmp_path, Watched())
     rig.engine.submit(Generate(1, prompt=""))

@@ -9,7 +9,16 @@ import pytest
 
 from protocol.chat import ChatMessage, Tool, ToolChoice
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Generate, Load, Sampling
+from protocol.messages import (
+    Detokenize,
+    Detokenized,
+    Generate,
+    Load,
+    Sampling,
+    Tokenize,
+    Tokenized,
+)
+from worker import prompt
 from worker.backends.simulated import SimulatedBackend
 from worker.prompt import PromptBuilder
 
@@ -94,7 +103,7 @@ def test_what_cannot_fit_is_refused_for_its_beginning(tmp_path: Path) -> None:
     class Tokenizer(SimulatedBackend):
         """Four characters a token, but runs of spaces, which are one of 100."""
 
-        def encode_text(self, text: str) -> list[int]:
+        def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
             read.append(len(text))
             words = len(text.replace(" ", "")) // 4
             return [1] * (words + text.count(" ") // 100)
@@ -112,3 +121,43 @@ def test_what_cannot_fit_is_refused_for_its_beginning(tmp_path: Path) -> None:
         assert sum(read) < 300_000
     # Long, and fits.
     assert len(prompts.prepare(Generate(1, prompt=" " * 90_000)).tokens) == 900
+
+
+def test_a_prompt_is_counted_with_its_tools_whatever_the_context(tmp_path: Path) -> None:
+    prompts = builder(tmp_path, "{{ messages }}", context_length=4)
+    bare = prompts.answer(Tokenize(1, Generate(0, messages=MESSAGES)))
+    assert bare == Tokenized(1, 9, list(b"user: hi\n"))
+    count = prompts.answer(
+        Tokenize(1, Generate(0, messages=MESSAGES, tools=TOOLS), count_only=True)
+    )
+    assert isinstance(count, Tokenized)
+    assert (count.count > 100, count.tokens) == (True, [])
+
+
+def test_nothing_is_no_tokens(tmp_path: Path) -> None:
+    prompts = builder(tmp_path)
+    assert prompts.answer(Tokenize(1, Generate(0, prompt=""))) == Tokenized(1, 0)
+    assert prompts.answer(Detokenize(1, [])) == Detokenized(1, "")
+
+
+def test_text_of_tokens_is_whole_characters(tmp_path: Path) -> None:
+    prompts = builder(tmp_path)
+    assert prompts.answer(Detokenize(1, list("é".encode()))) == Detokenized(1, "é")
+    assert prompts.answer(Detokenize(1, list("é".encode())[:1])) == Detokenized(1, "\ufffd")
+    for token in (-1, 10_000):
+        with pytest.raises(CodedError) as error:
+            prompts.answer(Detokenize(1, [token]))
+        assert (error.value.code, error.value.param) == (ErrorCode.INVALID_VALUE, "tokens")
+
+
+def test_answers_to_inquiries_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = builder(tmp_path)
+    monkeypatch.setattr(prompt, "MAX_TOKENS_TOLD", 3)
+    monkeypatch.setattr(prompt, "MAX_TEXT_BYTES_TOLD", 3)
+    with pytest.raises(CodedError, match="4 tokens; at most 3") as error:
+        prompts.answer(Tokenize(1, Generate(0, prompt="abcd")))
+    assert error.value.param == "prompt"
+    counted = Tokenize(1, Generate(0, prompt="abcd"), count_only=True)
+    assert prompts.answer(counted) == Tokenized(1, 4)
+    with pytest.raises(CodedError, match="4 bytes; at most 3"):
+        prompts.answer(Detokenize(1, list(b"abcd")))

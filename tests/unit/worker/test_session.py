@@ -11,6 +11,8 @@ from protocol.messages import (
     Accepted,
     Cancel,
     Delta,
+    Detokenize,
+    Detokenized,
     FinishReason,
     FromWorker,
     Generate,
@@ -19,6 +21,8 @@ from protocol.messages import (
     Shutdown,
     Started,
     Step,
+    Tokenize,
+    Tokenized,
     ToWorker,
 )
 from worker.backends.simulated import SimulatedBackend
@@ -73,9 +77,9 @@ class Tokeniser(SimulatedBackend):
         self.cost_s = cost_s
         self.now = 0.0
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
         self.now += self.cost_s
-        return super().encode_text(text)
+        return super().encode_text(text, add_special=add_special)
 
 
 def serve(path: Path, link: ScriptedLink, cost_s: float = 0.0, max_sequences: int = 1) -> None:
@@ -180,3 +184,53 @@ def test_a_cancellation_reaches_a_request_whose_constraint_is_compiled(tmp_path:
     link = ScriptedLink([Generate(1, prompt="x", constraint=constraint), Cancel(1)], [], [])
     serve(tmp_path, link)
     assert link.about(1) == ["cancelled"]
+
+
+# --- inquiries ---
+
+
+def test_inquiries_are_answered_beside_a_running_request(tmp_path: Path) -> None:
+    asked: list[ToWorker] = [
+        Tokenize(2, Generate(0, prompt="ab")),
+        Tokenize(3, Generate(0, prompt="abc"), count_only=True),
+        Detokenize(4, list(b"de")),
+    ]
+    link = ScriptedLink([Generate(1, prompt="x")], [], asked, [], [])
+    serve(tmp_path, link)
+    answers = [Tokenized(2, 2, [97, 98]), Tokenized(3, 3), Detokenized(4, "de")]
+    assert [message for message in link.sent if message in answers] == answers
+    assert link.about(1).count("delta") > 2, "it went on"
+
+
+def test_an_inquiry_alone_is_answered(tmp_path: Path) -> None:
+    link = ScriptedLink([Tokenize(1, Generate(0, prompt="a"))])
+    serve(tmp_path, link)
+    assert link.sent == [Tokenized(1, 1, [97])]
+
+
+def test_inquiries_keep_to_the_budget_and_to_turns(tmp_path: Path) -> None:
+    burst: list[ToWorker] = [
+        Tokenize(2 + number, Generate(0, prompt="x", client="a")) for number in range(3)
+    ]
+    burst.append(Generate(5, prompt="x", client="b"))
+    link = ScriptedLink([Generate(1, prompt="x", client="c")], [], burst, *([] for _ in range(6)))
+    serve(tmp_path, link, cost_s=0.05)
+    order = [
+        message.request_id for message in link.sent if isinstance(message, Tokenized | Accepted)
+    ]
+    assert order == [1, 2, 5, 3, 4]
+    assert steps_before(link, Tokenized, 4) - steps_before(link, Tokenized, 2) == 3
+
+
+def test_an_inquiry_that_waits_can_be_called_off(tmp_path: Path) -> None:
+    late: list[ToWorker] = [Tokenize(2, Generate(0, prompt="x")), Cancel(2)]
+    link = ScriptedLink([Generate(1, prompt="x")], [], late, [])
+    serve(tmp_path, link)
+    assert link.about(2) == ["cancelled"]
+
+
+def test_a_refused_inquiry_leaves_no_trace(tmp_path: Path) -> None:
+    link = ScriptedLink([Detokenize(1, [999])], [Generate(2, prompt="x", max_tokens=1)])
+    serve(tmp_path, link)
+    assert link.about(1) == ["Rejected"]
+    assert link.about(2) == ["Accepted", "Started", "length"]
