@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.fleet import Fleet
-from supervisor.gateway import admin, health
+from supervisor.gateway import admin, health, tokens
 from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
 from supervisor.gateway.openai import models
@@ -58,6 +58,8 @@ def _routes(gateway: Gateway) -> list[Route]:
         route("/metrics", Side.METRICS, {"GET": health.metrics}),
         route("/v1/chat/completions", Side.INFERENCE, {"POST": chat_completions}),
         route("/v1/completions", Side.INFERENCE, {"POST": completions}),
+        route("/tokenize", Side.INFERENCE, {"POST": tokens.tokenize}),
+        route("/detokenize", Side.INFERENCE, {"POST": tokens.detokenize}),
         route("/v1/models", Side.INFERENCE, {"GET": models.list_models}),
         route("/v1/models/{id:path}", Side.INFERENCE, {"GET": models.get_model}),
         route("/admin/models", Side.ADMIN, {"GET": admin.list_models}),

@@ -42,7 +42,7 @@ from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
 
 #: Variables of a chat template that are not a client's to set.
-_RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt"})
+RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
 class ChatRequest(Parameters, kw_only=True):
@@ -138,7 +138,7 @@ def to_generate(request: ChatRequest) -> Generate:
 
 def _template_options(request: ChatRequest) -> dict[str, Any]:
     options = dict(request.chat_template_kwargs or {})
-    if taken := sorted(_RESERVED_OPTIONS & options.keys()):
+    if taken := sorted(RESERVED_OPTIONS & options.keys()):
         raise invalid_value("chat_template_kwargs", f"{taken[0]!r} is not a client's to set")
     if request.reasoning_effort is not None:
         options.setdefault("reasoning_effort", request.reasoning_effort)

@@ -1,0 +1,62 @@
+"""Asking a model's worker something that takes no slot, for as long as the client waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.types import Receive
+
+from protocol.messages import Detokenize, Detokenized, Tokenize, Tokenized
+from supervisor.gateway.body import ClientDisconnected
+from supervisor.gateway.endpoint import Call, Gateway
+from supervisor.gateway.errors import DeadlinePassed
+from supervisor.gateway.scheduling import Terms
+
+T = TypeVar("T")
+
+
+async def tokenize(
+    gateway: Gateway, call: Call, model: str, inquiry: Tokenize, terms: Terms
+) -> Tokenized:
+    """Raises what ``Fleet.tokenize`` does, ``request_timeout`` and ``ClientDisconnected``."""
+    asked = msgspec.structs.replace(inquiry.generate, client=terms.client, priority=terms.priority)
+    inquiry = msgspec.structs.replace(inquiry, generate=asked)
+    call.model = gateway.fleet.model(model).id
+    return await _answered(call, gateway.fleet.tokenize(model, inquiry), terms)
+
+
+async def detokenize(
+    gateway: Gateway, call: Call, model: str, inquiry: Detokenize, terms: Terms
+) -> Detokenized:
+    """As ``tokenize``."""
+    inquiry = msgspec.structs.replace(inquiry, client=terms.client, priority=terms.priority)
+    call.model = gateway.fleet.model(model).id
+    return await _answered(call, gateway.fleet.detokenize(model, inquiry), terms)
+
+
+async def _answered(call: Call, question: Coroutine[Any, Any, T], terms: Terms) -> T:
+    asked = asyncio.create_task(question)
+    gone = asyncio.create_task(_disconnected(call.receive))
+    remaining_s = None
+    if terms.timeout_s is not None:
+        remaining_s = terms.arrived + terms.timeout_s - time.perf_counter()
+    try:
+        await asyncio.wait({asked, gone}, timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED)
+        if asked.done():
+            return asked.result()
+        if gone.done():
+            raise ClientDisconnected
+        assert terms.timeout_s is not None
+        raise DeadlinePassed(terms.timeout_s, 0)
+    finally:
+        asked.cancel()
+        gone.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
