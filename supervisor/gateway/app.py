@@ -17,6 +17,8 @@ from starlette.types import ASGIApp
 from protocol.errors import CodedError, ErrorCode
 from supervisor.fleet import Fleet
 from supervisor.gateway import admin, health, tokens
+from supervisor.gateway.anthropic import messages
+from supervisor.gateway.anthropic.errors import refusal
 from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
 from supervisor.gateway.openai import models
@@ -51,6 +53,10 @@ def _routes(gateway: Gateway) -> list[Route]:
     def route(path: str, side: Side, handlers: Mapping[Method, Handler]) -> Route:
         return Route(path, Endpoint(gateway, side, path, handlers))
 
+    def anthropic_route(path: str, handler: Handler) -> Route:
+        handlers: Mapping[Method, Handler] = {"POST": handler}
+        return Route(path, Endpoint(gateway, Side.INFERENCE, path, handlers, refusal))
+
     release = "/admin/models/{id:path}/release"
     return [
         route("/healthz", Side.OPEN, {"GET": health.healthz}),
@@ -58,6 +64,8 @@ def _routes(gateway: Gateway) -> list[Route]:
         route("/metrics", Side.METRICS, {"GET": health.metrics}),
         route("/v1/chat/completions", Side.INFERENCE, {"POST": chat_completions}),
         route("/v1/completions", Side.INFERENCE, {"POST": completions}),
+        anthropic_route("/v1/messages", messages.messages),
+        anthropic_route("/v1/messages/count_tokens", messages.count_tokens),
         route("/tokenize", Side.INFERENCE, {"POST": tokens.tokenize}),
         route("/detokenize", Side.INFERENCE, {"POST": tokens.detokenize}),
         route("/v1/models", Side.INFERENCE, {"GET": models.list_models}),

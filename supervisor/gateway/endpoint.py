@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from protocol.errors import CodedError
 from supervisor.fleet import Fleet
 from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.body import ClientDisconnected
@@ -60,17 +61,29 @@ class Call(Request):
 
 
 Handler = Callable[[Gateway, Call], Awaitable[Response]]
+#: Puts an error into the words of one API.
+Refuse = Callable[[CodedError, Call], Response]
+
+
+def _refuse(error: CodedError, call: Call) -> Response:
+    return error_response(error)
 
 
 class Endpoint:
     """One resource and its handlers by method. ``name`` is its label in the metrics."""
 
     def __init__(
-        self, gateway: Gateway, side: Side, name: str, handlers: Mapping[Method, Handler]
+        self,
+        gateway: Gateway,
+        side: Side,
+        name: str,
+        handlers: Mapping[Method, Handler],
+        refuse: Refuse = _refuse,
     ) -> None:
         self._gateway = gateway
         self._side = side
         self._name = name
+        self._refuse = refuse
         self._handlers: dict[str, Handler] = {name: handlers[name] for name in handlers}
         if "GET" in self._handlers:
             self._handlers["HEAD"] = self._handlers["GET"]
@@ -88,7 +101,7 @@ class Endpoint:
             if refusal is not error and refusal.code.value == "internal_error":
                 log.exception("request %s to %s failed", call.request_id.decode(), self._name)
             call.outcome = refusal.code.value
-            response = error_response(refusal)
+            response = self._refuse(refusal, call)
         response.raw_headers.append((b"x-request-id", call.request_id))
         try:
             await response(scope, receive, send)

@@ -22,7 +22,6 @@ from supervisor.gateway import inquiries
 from supervisor.gateway.body import read_json
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response
-from supervisor.gateway.openai.chat import RESERVED_OPTIONS
 from supervisor.gateway.openai.parameters import (
     TokenId,
     invalid_value,
@@ -30,7 +29,7 @@ from supervisor.gateway.openai.parameters import (
     unsupported,
 )
 from supervisor.gateway.openai.tools import ToolSpec, tool_use
-from supervisor.gateway.openai.turns import Turn, messages_of
+from supervisor.gateway.openai.turns import Turn, checked_options, messages_of
 from supervisor.gateway.scheduling import terms_of
 
 #: As many as a worker tells.
@@ -130,13 +129,10 @@ def to_inquiry(request: TokenizeRequest) -> Tokenize:
         return Tokenize(0, Generate(0, prompt=text), add_special=add_special)
     if add_special:
         raise unsupported("add_special_tokens", "beside what a chat template writes, true is")
-    options = request.chat_template_kwargs or {}
-    if taken := sorted(RESERVED_OPTIONS & options.keys()):
-        raise invalid_value("chat_template_kwargs", f"{taken[0]!r} is not a client's to set")
     generate = Generate(
         request_id=0,
         messages=messages_of(request.messages),
         tools=tool_use(request.tools, None).tools,
-        template_options=options,
+        template_options=checked_options(request.chat_template_kwargs),
     )
     return Tokenize(0, generate)

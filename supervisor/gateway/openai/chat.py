@@ -37,12 +37,9 @@ from supervisor.gateway.openai.tools import (
     constraint_of,
     tool_use,
 )
-from supervisor.gateway.openai.turns import Turn, messages_of
+from supervisor.gateway.openai.turns import Turn, checked_options, messages_of
 from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
-
-#: Variables of a chat template that are not a client's to set.
-RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
 class ChatRequest(Parameters, kw_only=True):
@@ -137,9 +134,7 @@ def to_generate(request: ChatRequest) -> Generate:
 
 
 def _template_options(request: ChatRequest) -> dict[str, Any]:
-    options = dict(request.chat_template_kwargs or {})
-    if taken := sorted(RESERVED_OPTIONS & options.keys()):
-        raise invalid_value("chat_template_kwargs", f"{taken[0]!r} is not a client's to set")
+    options = checked_options(request.chat_template_kwargs)
     if request.reasoning_effort is not None:
         options.setdefault("reasoning_effort", request.reasoning_effort)
         if request.reasoning_effort == "none":

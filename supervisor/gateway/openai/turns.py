@@ -10,6 +10,9 @@ from protocol.chat import ChatMessage, ToolCall
 from protocol.errors import CodedError, ErrorCode
 from supervisor.gateway.openai.parameters import invalid_value, unsupported
 
+#: Variables of a chat template that are not a client's to set.
+_RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt"})
+
 
 class Part(msgspec.Struct):
     type: str
@@ -39,6 +42,14 @@ class Turn(msgspec.Struct, kw_only=True):
     reasoning_content: str | None = None
     function_call: Any = None
     audio: Any = None
+
+
+def checked_options(given: dict[str, Any] | None) -> dict[str, Any]:
+    """``chat_template_kwargs``, to add to. Raises ``invalid_value``."""
+    options = dict(given or {})
+    if taken := sorted(_RESERVED_OPTIONS & options.keys()):
+        raise invalid_value("chat_template_kwargs", f"{taken[0]!r} is not a client's to set")
+    return options
 
 
 def messages_of(turns: list[Turn]) -> list[ChatMessage]:

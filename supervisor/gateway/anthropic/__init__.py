@@ -1,0 +1,1 @@
+"""Anthropic's API: what its clients send, and the exact shapes they expect back."""
