@@ -43,6 +43,8 @@ class ErrorCode(StrEnum):
     REQUEST_TIMEOUT = "request_timeout"
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     STREAM_OVERFLOW = "stream_overflow"
+    REQUEST_CANCELLED = "request_cancelled"
+    REQUEST_NOT_FOUND = "request_not_found"
     INVALID_API_KEY = "invalid_api_key"
     INVALID_ADMIN_KEY = "invalid_admin_key"
     HOST_NOT_ALLOWED = "host_not_allowed"

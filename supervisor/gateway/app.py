@@ -20,17 +20,19 @@ from supervisor.gateway import admin, health, tokens
 from supervisor.gateway.anthropic import messages
 from supervisor.gateway.anthropic.errors import refusal
 from supervisor.gateway.auth import Guard, Side
+from supervisor.gateway.cancellation import cancel_request
 from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
 from supervisor.gateway.openai import models
 from supervisor.gateway.openai.chat import chat_completions
 from supervisor.gateway.openai.completions import completions
+from supervisor.gateway.running import RunningCalls
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
 
 
 def create_app(fleet: Fleet, settings: Settings, metrics: Metrics) -> ASGIApp:
     """The application; its lifespan starts and stops the fleet."""
-    gateway = Gateway(fleet, settings, metrics, Guard(settings))
+    gateway = Gateway(fleet, settings, metrics, Guard(settings), RunningCalls())
     metrics.watch(fleet.models)
 
     @asynccontextmanager
@@ -68,6 +70,7 @@ def _routes(gateway: Gateway) -> list[Route]:
         anthropic_route("/v1/messages/count_tokens", messages.count_tokens),
         route("/tokenize", Side.INFERENCE, {"POST": tokens.tokenize}),
         route("/detokenize", Side.INFERENCE, {"POST": tokens.detokenize}),
+        route("/v1/requests/{id}/cancel", Side.INFERENCE, {"POST": cancel_request}),
         route("/v1/models", Side.INFERENCE, {"GET": models.list_models}),
         route("/v1/models/{id:path}", Side.INFERENCE, {"GET": models.get_model}),
         route("/admin/models", Side.ADMIN, {"GET": admin.list_models}),

@@ -24,6 +24,7 @@ from supervisor.fleet import Fleet
 from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.errors import MethodNotAllowed, coded, error_response
+from supervisor.gateway.running import RunningCalls
 from supervisor.metrics import CLIENT_DISCONNECTED, OK, Metrics
 from supervisor.settings import Settings
 
@@ -42,6 +43,7 @@ class Gateway(msgspec.Struct, frozen=True, eq=False):
     settings: Settings
     metrics: Metrics
     guard: Guard
+    running: RunningCalls
 
 
 class Call(Request):

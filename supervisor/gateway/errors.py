@@ -56,6 +56,9 @@ _ANSWERS: dict[ErrorCode, _Answer] = {
     ErrorCode.REQUEST_TIMEOUT: _Answer(408, _INVALID),
     ErrorCode.RATE_LIMIT_EXCEEDED: _Answer(429, _RATE_LIMIT),
     ErrorCode.STREAM_OVERFLOW: _Answer(500, _SERVER),
+    # As others say "the client did not wait for it"; no client library tries it again.
+    ErrorCode.REQUEST_CANCELLED: _Answer(499, _INVALID),
+    ErrorCode.REQUEST_NOT_FOUND: _Answer(404, _NOT_FOUND),
     ErrorCode.INVALID_API_KEY: _Answer(401, _AUTHENTICATION),
     ErrorCode.INVALID_ADMIN_KEY: _Answer(403, _PERMISSION),
     ErrorCode.HOST_NOT_ALLOWED: _Answer(403, _PERMISSION),
@@ -87,6 +90,17 @@ class DeadlinePassed(CodedError):
         super().__init__(
             ErrorCode.REQUEST_TIMEOUT,
             f"not finished within the {timeout_s:g} s of X-Request-Timeout",
+            details={"tokens_sent": tokens_sent},
+        )
+
+
+class RequestCancelled(CodedError):
+    """Somebody asked for the request's end by its id: nobody has failed."""
+
+    def __init__(self, tokens_sent: int) -> None:
+        super().__init__(
+            ErrorCode.REQUEST_CANCELLED,
+            "the request was cancelled",
             details={"tokens_sent": tokens_sent},
         )
 

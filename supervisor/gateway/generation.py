@@ -18,7 +18,7 @@ from protocol.errors import CodedError, ErrorCode
 from protocol.messages import FinishReason, Generate
 from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.endpoint import Call, Gateway
-from supervisor.gateway.errors import DeadlinePassed
+from supervisor.gateway.errors import DeadlinePassed, RequestCancelled
 from supervisor.gateway.scheduling import Terms
 from supervisor.stream import Chunk, RequestStream
 
@@ -57,6 +57,7 @@ def submit(
             release(gateway, call, streams)
         raise
     call.model = model
+    gateway.running.add(call.request_id, call, streams)
     if terms.timeout_s is not None:
         loop = asyncio.get_running_loop()
         call.deadline = loop.call_later(remaining_s, _expire, streams, terms.timeout_s)
@@ -88,8 +89,17 @@ async def _watch(receive: Receive, streams: Sequence[RequestStream]) -> None:
 
 def _expire(streams: Sequence[RequestStream], timeout_s: float) -> None:
     for stream in streams:
-        tokens_sent = stream.completion_tokens if stream.delivered else 0
-        _give_up(stream, DeadlinePassed(timeout_s, tokens_sent))
+        _give_up(stream, DeadlinePassed(timeout_s, _tokens_sent(stream)))
+
+
+def cancel(streams: Sequence[RequestStream]) -> None:
+    """End requests because somebody asked for it; their consumer gets ``RequestCancelled``."""
+    for stream in streams:
+        _give_up(stream, RequestCancelled(_tokens_sent(stream)))
+
+
+def _tokens_sent(stream: RequestStream) -> int:
+    return stream.completion_tokens if stream.delivered else 0
 
 
 def _give_up(stream: RequestStream, error: CodedError) -> None:
@@ -110,6 +120,7 @@ async def collect(gateway: Gateway, call: Call, streams: Sequence[RequestStream]
 
 def release(gateway: Gateway, call: Call, streams: Sequence[RequestStream]) -> None:
     """Let go of streams, finished or not, and of their deadline; count their tokens."""
+    gateway.running.remove(call.request_id, call)
     if call.deadline is not None:
         call.deadline.cancel()
     for stream in streams:

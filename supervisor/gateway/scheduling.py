@@ -60,7 +60,7 @@ def client_of(request: Request, *, api_key: str | None, claims: tuple[Any, ...] 
         return _digest("header", named)
     if claimed := _claimed_name(claims):
         return _digest("body", claimed)
-    if (key := _presented_key(request)) and key != api_key:
+    if (key := presented_key(request)) and key != api_key:
         return _digest("key", key)
     host = request.client.host if request.client is not None else ""
     return _digest("address", f"{host}\0{request.headers.get('user-agent', '')}")
@@ -80,7 +80,8 @@ def _digest(kind: str, value: str) -> str:
     return hashlib.blake2b(text, digest_size=12).hexdigest()
 
 
-def _presented_key(request: Request) -> str:
+def presented_key(request: Request) -> str:
+    """The key that came with a request, right or not; empty without one."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and (token := token.strip()):
         return token
