@@ -45,6 +45,8 @@ class ErrorCode(StrEnum):
     STREAM_OVERFLOW = "stream_overflow"
     REQUEST_CANCELLED = "request_cancelled"
     REQUEST_NOT_FOUND = "request_not_found"
+    RESPONSE_NOT_FOUND = "response_not_found"
+    PREVIOUS_RESPONSE_NOT_FOUND = "previous_response_not_found"
     INVALID_API_KEY = "invalid_api_key"
     INVALID_ADMIN_KEY = "invalid_admin_key"
     HOST_NOT_ALLOWED = "host_not_allowed"

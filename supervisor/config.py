@@ -197,6 +197,8 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
         require(name, value is None or value >= 1, "at least 1")
     cache = settings.prompt_cache_bytes
     require("prompt_cache_bytes", cache is None or cache >= 0, "at least 0")
+    for name in ("response_store_max", "response_store_max_bytes"):
+        require(name, getattr(settings, name) >= 0, "at least 0")
     require("draft_tokens", 0 <= settings.draft_tokens <= 64, "from 0 to 64")
     for name in ("admin_key", "api_key"):
         require(name, _is_key(getattr(settings, name)), "printable ASCII without spaces, not empty")

@@ -40,6 +40,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_queue: int = 64
     #: Memory a stream may take for a client that reads too slowly.
     max_stream_buffer_bytes: int = 1024 * 1024
+    #: Responses that clients may go on from, kept in memory; 0: none.
+    response_store_max: int = 1000
+    response_store_max_bytes: int = 64 * 1024 * 1024
     sse_keepalive_s: float = 15.0
     shutdown_grace_s: float = 5.0
 

@@ -25,6 +25,13 @@ from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
 from supervisor.gateway.openai import models
 from supervisor.gateway.openai.chat import chat_completions
 from supervisor.gateway.openai.completions import completions
+from supervisor.gateway.openai.responses import create_response
+from supervisor.gateway.openai.responses_store import ResponseStore
+from supervisor.gateway.openai.responses_stored import (
+    delete_response,
+    get_response,
+    list_input_items,
+)
 from supervisor.gateway.running import RunningCalls
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
@@ -32,7 +39,8 @@ from supervisor.settings import Settings
 
 def create_app(fleet: Fleet, settings: Settings, metrics: Metrics) -> ASGIApp:
     """The application; its lifespan starts and stops the fleet."""
-    gateway = Gateway(fleet, settings, metrics, Guard(settings), RunningCalls())
+    responses = ResponseStore(settings.response_store_max, settings.response_store_max_bytes)
+    gateway = Gateway(fleet, settings, metrics, Guard(settings), RunningCalls(), responses)
     metrics.watch(fleet.models)
 
     @asynccontextmanager
@@ -70,6 +78,13 @@ def _routes(gateway: Gateway) -> list[Route]:
         anthropic_route("/v1/messages/count_tokens", messages.count_tokens),
         route("/tokenize", Side.INFERENCE, {"POST": tokens.tokenize}),
         route("/detokenize", Side.INFERENCE, {"POST": tokens.detokenize}),
+        route("/v1/responses", Side.INFERENCE, {"POST": create_response}),
+        route(
+            "/v1/responses/{id}",
+            Side.INFERENCE,
+            {"GET": get_response, "DELETE": delete_response},
+        ),
+        route("/v1/responses/{id}/input_items", Side.INFERENCE, {"GET": list_input_items}),
         route("/v1/requests/{id}/cancel", Side.INFERENCE, {"POST": cancel_request}),
         route("/v1/models", Side.INFERENCE, {"GET": models.list_models}),
         route("/v1/models/{id:path}", Side.INFERENCE, {"GET": models.get_model}),

@@ -24,6 +24,7 @@ from supervisor.fleet import Fleet
 from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.errors import MethodNotAllowed, coded, error_response
+from supervisor.gateway.openai.responses_store import ResponseStore
 from supervisor.gateway.running import RunningCalls
 from supervisor.metrics import CLIENT_DISCONNECTED, OK, Metrics
 from supervisor.settings import Settings
@@ -44,6 +45,7 @@ class Gateway(msgspec.Struct, frozen=True, eq=False):
     metrics: Metrics
     guard: Guard
     running: RunningCalls
+    responses: ResponseStore
 
 
 class Call(Request):

@@ -59,6 +59,8 @@ _ANSWERS: dict[ErrorCode, _Answer] = {
     # As others say "the client did not wait for it"; no client library tries it again.
     ErrorCode.REQUEST_CANCELLED: _Answer(499, _INVALID),
     ErrorCode.REQUEST_NOT_FOUND: _Answer(404, _NOT_FOUND),
+    ErrorCode.RESPONSE_NOT_FOUND: _Answer(404, _NOT_FOUND),
+    ErrorCode.PREVIOUS_RESPONSE_NOT_FOUND: _Answer(400, _INVALID),
     ErrorCode.INVALID_API_KEY: _Answer(401, _AUTHENTICATION),
     ErrorCode.INVALID_ADMIN_KEY: _Answer(403, _PERMISSION),
     ErrorCode.HOST_NOT_ALLOWED: _Answer(403, _PERMISSION),

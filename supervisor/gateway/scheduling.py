@@ -88,6 +88,11 @@ def presented_key(request: Request) -> str:
     return request.headers.get("x-api-key", "")
 
 
+def key_digest(request: Request) -> str:
+    """Names the key that came with a request; requests without one are of one name."""
+    return _digest("key", presented_key(request))
+
+
 def _priority(request: Request) -> Priority:
     value = request.headers.get(PRIORITY_HEADER)
     if value is None:

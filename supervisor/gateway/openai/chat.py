@@ -126,18 +126,19 @@ def to_generate(request: ChatRequest) -> Generate:
         tool_choice=use.choice,
         named_tool=use.named,
         parallel_tool_calls=request.parallel_tool_calls is not False,
-        template_options=_template_options(request),
+        template_options=template_options(request.chat_template_kwargs, request.reasoning_effort),
         constraint=constraint_of(request.response_format),
         top_logprobs=_top_logprobs(request),
         cache_prompt=request.cache_prompt is not False,
     )
 
 
-def _template_options(request: ChatRequest) -> dict[str, Any]:
-    options = checked_options(request.chat_template_kwargs)
-    if request.reasoning_effort is not None:
-        options.setdefault("reasoning_effort", request.reasoning_effort)
-        if request.reasoning_effort == "none":
+def template_options(given: dict[str, Any] | None, effort: str | None) -> dict[str, Any]:
+    """Further variables for the chat template; an ``effort`` is one to those that know it."""
+    options = checked_options(given)
+    if effort is not None:
+        options.setdefault("reasoning_effort", effort)
+        if effort == "none":
             options.setdefault("enable_thinking", False)
     return options
 

@@ -113,12 +113,17 @@ def _or(value: N | None, default: N) -> N:
     return default if value is None else value
 
 
-def refuse_unsupported(fields: msgspec.Struct, harmless: Mapping[str, Collection[Any]]) -> None:
-    """Raise for the first field of ``harmless`` with a value that is not listed there."""
+def refuse_unsupported(
+    fields: msgspec.Struct, harmless: Mapping[str, Collection[Any]], at: str = ""
+) -> None:
+    """Raise for the first field of ``harmless`` with a value that is not listed there.
+
+    ``at`` precedes the field's name, where ``fields`` are not the body itself.
+    """
     for name, values in harmless.items():
         value = getattr(fields, name)
         if value is not None and value not in values:
-            raise unsupported(name)
+            raise unsupported(f"{at}{name}")
 
 
 def unsupported(param: str, what: str = "this value is") -> CodedError:
@@ -127,6 +132,10 @@ def unsupported(param: str, what: str = "this value is") -> CodedError:
         f"{param}: {what} not supported yet",
         param=param,
     )
+
+
+def missing(param: str) -> CodedError:
+    return CodedError(ErrorCode.MISSING_PARAMETER, f"{param} is required", param=param)
 
 
 def invalid_value(param: str, message: str) -> CodedError:

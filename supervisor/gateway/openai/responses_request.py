@@ -1,0 +1,244 @@
+"""What ``POST /v1/responses`` takes, and the request to a worker that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from protocol.chat import Constraint
+from protocol.messages import Generate
+from supervisor.gateway.openai.chat import template_options
+from supervisor.gateway.openai.parameters import (
+    Parameters,
+    PositiveInt,
+    StreamOptions,
+    invalid_value,
+    missing,
+    refuse_unsupported,
+    unsupported,
+)
+from supervisor.gateway.openai.responses_input import InputItem, messages_of
+from supervisor.gateway.openai.responses_items import Item
+from supervisor.gateway.openai.tools import (
+    Choice,
+    FunctionSpec,
+    GrammarFormat,
+    JsonFormat,
+    Name,
+    NamedFunction,
+    NamedTool,
+    RegexFormat,
+    SchemaFormat,
+    SchemaSpec,
+    TextFormat,
+    ToolSpec,
+    ToolUse,
+    constraint_of,
+    tool_use,
+)
+
+LOGPROBS = "message.output_text.logprobs"
+SEALED_REASONING = "reasoning.encrypted_content"
+
+#: The others are about items of tools that are refused: there are none to include.
+Includable = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+Metadata = dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]]
+
+
+class ObfuscatedStreamOptions(StreamOptions):
+    include_obfuscation: bool | None = None
+
+
+class FunctionTool(msgspec.Struct, kw_only=True):
+    """Any tool; only functions are known."""
+
+    type: str
+    name: Name | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    allowed_callers: Any = None
+    defer_loading: Any = None
+    output_schema: Any = None
+    asynchronous: Any = msgspec.field(default=None, name="async")
+
+
+class ToolChoice(msgspec.Struct):
+    """Any choice that is an object; only that of a function is known."""
+
+    type: str
+    name: str | None = None
+
+
+class FlatSchemaFormat(msgspec.Struct, tag="json_schema"):
+    name: Name
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+Format = TextFormat | JsonFormat | FlatSchemaFormat | RegexFormat | GrammarFormat
+
+
+class TextConfig(msgspec.Struct):
+    format: Format | None = None
+    verbosity: Any = None
+
+
+class ReasoningConfig(msgspec.Struct):
+    effort: str | None = None
+    summary: Any = None
+    generate_summary: Any = None
+    context: Any = None
+    mode: Any = None
+
+
+class ResponseRequest(Parameters, kw_only=True):
+    input: str | list[InputItem]
+    instructions: str | None = None
+    max_output_tokens: PositiveInt | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    include: list[Includable] | None = None
+    metadata: Annotated[Metadata, Meta(max_length=16)] | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
+    stream_options: ObfuscatedStreamOptions | None = None
+    #: Of tools that run on the server, of which there are none.
+    max_tool_calls: PositiveInt | None = None
+    prompt_cache_key: Any = None
+    #: Further variables for the model's chat template, such as ``enable_thinking``.
+    chat_template_kwargs: dict[str, Any] | None = None
+    access_programs: Any = None
+    background: Any = None
+    background_options: Any = None
+    context_management: Any = None
+    conversation: Any = None
+    image: Any = None
+    moderation: Any = None
+    prompt: Any = None
+    prompt_cache_options: Any = None
+    truncation: Any = None
+
+
+#: Documented fields that cannot be honoured, with the values that ask for nothing.
+_LIMITS: Mapping[str, Sequence[Any]] = {
+    "n": (1,),
+    "access_programs": (),
+    "background": (False,),
+    "background_options": ({},),
+    "context_management": ([],),
+    "conversation": (),
+    "image": ({},),
+    "moderation": (),
+    "prompt": (),
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
+    "truncation": ("disabled",),
+}
+_TOOL_LIMITS: Mapping[str, Sequence[Any]] = {
+    "allowed_callers": ([], ["direct"]),
+    "defer_loading": (False,),
+    "output_schema": (),
+}
+_TEXT_LIMITS: Mapping[str, Sequence[Any]] = {"verbosity": ("medium",)}
+#: A summary of what model there is, and there is none: the reasoning itself is shown.
+_REASONING_LIMITS: Mapping[str, Sequence[Any]] = {
+    "summary": ("auto",),
+    "generate_summary": ("auto",),
+    "context": ("auto",),
+    "mode": ("standard",),
+}
+_STREAM_LIMITS: Mapping[str, Sequence[Any]] = {"include_obfuscation": (False,)}
+
+
+def to_generate(request: ResponseRequest, items: Sequence[Item]) -> Generate:
+    """``items`` are the whole conversation.
+
+    Raises ``CodedError`` for what the decoder cannot see.
+    """
+    refuse_unsupported(request, _LIMITS)
+    for name, fields, limits in (
+        ("text", request.text, _TEXT_LIMITS),
+        ("reasoning", request.reasoning, _REASONING_LIMITS),
+        ("stream_options", request.stream_options, _STREAM_LIMITS),
+    ):
+        if fields is not None:
+            refuse_unsupported(fields, limits, at=f"{name}.")
+    use = _tool_use(request)
+    max_tokens = request.max_output_tokens
+    effort = request.reasoning.effort if request.reasoning is not None else None
+    return Generate(
+        request_id=0,
+        messages=messages_of(request.instructions, items),
+        sampling=request.sampling(),
+        max_tokens=request.max_tokens if max_tokens is None else max_tokens,
+        stop=request.stops(),
+        ignore_eos=bool(request.ignore_eos),
+        tools=use.tools,
+        tool_choice=use.choice,
+        named_tool=use.named,
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        template_options=template_options(request.chat_template_kwargs, effort),
+        constraint=_constraint(request.text),
+        top_logprobs=_top_logprobs(request),
+        cache_prompt=request.cache_prompt is not False,
+    )
+
+
+def _tool_use(request: ResponseRequest) -> ToolUse:
+    specs = [_spec(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())]
+    asked = request.tool_choice
+    choice: Choice | None
+    if isinstance(asked, ToolChoice):
+        if asked.type != "function":
+            raise unsupported("tool_choice", f"choices of type {asked.type[:50]!r} are")
+        if asked.name is None:
+            raise missing("tool_choice.name")
+        choice = NamedTool("function", NamedFunction(asked.name))
+    else:
+        choice = asked
+    return tool_use(specs, choice)
+
+
+def _spec(tool: FunctionTool, at: str) -> ToolSpec:
+    if tool.type != "function":
+        raise unsupported(at, f"tools of type {tool.type[:50]!r} are")
+    if tool.name is None:
+        raise missing(f"{at}.name")
+    refuse_unsupported(tool, _TOOL_LIMITS, at=f"{at}.")
+    if tool.asynchronous:
+        raise unsupported(f"{at}.async")
+    function = FunctionSpec(tool.name, tool.description, tool.parameters, tool.strict)
+    return ToolSpec("function", function)
+
+
+def _constraint(text: TextConfig | None) -> Constraint | None:
+    asked = text.format if text is not None else None
+    if isinstance(asked, FlatSchemaFormat):
+        spec = SchemaSpec(asked.name, asked.schema, asked.description, asked.strict)
+        return constraint_of(SchemaFormat(spec))
+    return constraint_of(asked)
+
+
+def _top_logprobs(request: ResponseRequest) -> int | None:
+    if LOGPROBS in (request.include or ()):
+        return request.top_logprobs or 0
+    if request.top_logprobs:
+        raise invalid_value("top_logprobs", f"needs {LOGPROBS!r} in include")
+    return None
