@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import httpx2
 import msgspec
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.responses import Response
+from pydantic import BaseModel
 from starlette.types import ASGIApp
 
 from protocol.chat import (
@@ -689,3 +693,52 @@ async def test_no_json_is_a_server_error(
 ) -> None:
     answer = await client.post(PATH, json={**body(), **fields})
     assert answer.status_code in (200, 400, 404)
+
+
+# --- the official client ---
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+@pytest.fixture
+async def sdk(app: ASGIApp) -> AsyncIterator[openai.AsyncOpenAI]:
+    url = "http://127.0.0.1:8000/v1"
+    async with (
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as transport,
+        openai.AsyncOpenAI(base_url=url, api_key="none", http_client=transport) as client,
+    ):
+        yield client
+
+
+async def test_the_parse_helper_asks_for_its_schema(
+    sdk: openai.AsyncOpenAI, fleet: FakeFleet
+) -> None:
+    fleet.script = ('{"name": "Ann', '", "age": 7}')
+    response = await sdk.responses.parse(model="m", input="Who?", text_format=Person)
+    assert response.output_parsed == Person(name="Ann", age=7)
+    constraint = fleet.requests[0].request.constraint
+    assert constraint is not None
+    assert constraint.kind is ConstraintKind.SCHEMA
+    schema = msgspec.json.decode(constraint.text)
+    assert schema["required"] == ["name", "age"]
+    async with sdk.responses.stream(model="m", input="Who?", text_format=Person) as stream:
+        assert (await stream.get_final_response()).output_parsed == Person(name="Ann", age=7)
+    assert fleet.requests[1].request.constraint == constraint
+
+
+async def test_the_tool_helper_asks_for_its_schema(
+    sdk: openai.AsyncOpenAI, fleet: FakeFleet
+) -> None:
+    tool: Any = {
+        "type": "function",
+        "name": "Person",
+        "parameters": openai.pydantic_function_tool(Person)["function"]["parameters"],
+        "strict": True,
+    }
+    await sdk.responses.create(model="m", input="Who?", tools=[tool])
+    [asked] = fleet.requests[0].request.tools
+    assert asked.strict
+    assert asked.parameters["required"] == ["name", "age"]
