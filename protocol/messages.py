@@ -44,6 +44,14 @@ class Priority(StrEnum):
     LOW = "low"
 
 
+class ModelKind(StrEnum):
+    """What a loaded model is for: text, vectors, or how well documents answer a query."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    RERANK = "rerank"
+
+
 class Sampling(Record, frozen=True):
     """How the next token is drawn.
 
@@ -149,6 +157,22 @@ class Detokenize(Message, frozen=True):
     priority: Priority = Priority.NORMAL
 
 
+class Embed(Message, frozen=True):
+    """Make one vector of each of ``inputs``, texts or token ids.
+
+    With a ``query``, which is for a reranker: how well each text answers it, as a vector
+    of one number from 0 to 1. Other vectors have length 1, and the first ``dimensions``
+    of the model's dimensions (None: all). ``client`` and ``priority`` as of ``Generate``.
+    """
+
+    request_id: int
+    inputs: list[str | list[int]]
+    query: str | None = None
+    dimensions: int | None = None
+    client: str = ""
+    priority: Priority = Priority.NORMAL
+
+
 class Cancel(Message, frozen=True):
     """Stop a request between two steps; answered by a ``cancelled`` delta."""
 
@@ -184,7 +208,8 @@ class Loaded(Message, frozen=True):
 
     ``context_length`` is in tokens per sequence; ``weights_bytes`` is the size
     of the weights as stored. ``tool_format`` and ``reasoning`` are how tool calls and
-    reasoning are written, both empty without a chat template.
+    reasoning are written, both empty without a chat template. ``dimensions``: of the
+    vectors of a model that makes such, 1 for a reranker.
     """
 
     architecture: str
@@ -195,6 +220,8 @@ class Loaded(Message, frozen=True):
     weights_bytes: int
     tool_format: str = ""
     reasoning: str = ""
+    kind: ModelKind = ModelKind.GENERATE
+    dimensions: int = 0
 
 
 class LoadFailed(Message, frozen=True):
@@ -266,6 +293,18 @@ class Detokenized(Message, frozen=True):
     text: str
 
 
+class Embedded(Message, frozen=True):
+    """The next vectors of an ``Embed``, in the order of its inputs; ``last``: there are no more.
+
+    Each is 32-bit floats, little endian. What the inputs have of tokens together was
+    said with ``Accepted``, and that the first of them are being computed with ``Started``.
+    """
+
+    request_id: int
+    vectors: list[bytes]
+    last: bool
+
+
 class Beat(Message, frozen=True):
     """Sign of life from the worker's I/O thread.
 
@@ -284,11 +323,14 @@ class BackendFault(Message, frozen=True):
     message: str
 
 
+#: What runs on a loaded model.
+Job = Generate | Embed
+
 #: What the worker answers without a slot, beside its requests.
 Inquiry = Tokenize | Detokenize
 InquiryAnswer = Tokenized | Detokenized
 
-ToWorker = Load | Generate | Tokenize | Detokenize | Cancel | Shutdown
+ToWorker = Load | Generate | Embed | Tokenize | Detokenize | Cancel | Shutdown
 FromWorker = (
     Hello
     | LoadProgress
@@ -300,6 +342,7 @@ FromWorker = (
     | Step
     | Tokenized
     | Detokenized
+    | Embedded
     | Beat
     | BackendFault
 )

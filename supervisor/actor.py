@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Generate, Inquiry, InquiryAnswer
+from protocol.messages import Inquiry, InquiryAnswer, Job
 from supervisor import lifecycle, status
 from supervisor.canary import CanaryReport
 from supervisor.gate import ModelSpec
@@ -127,7 +127,7 @@ class Actor:
             )
         return self._state
 
-    def submit(self, request: Generate, *, streaming: bool) -> RequestStream:
+    def submit(self, request: Job, *, streaming: bool) -> RequestStream:
         """See ``Fleet.submit``."""
         incident_id = self._recorder.last_incident_id
         status.require_routable(self.spec.model_id, self.state, incident_id)

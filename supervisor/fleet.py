@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Detokenize, Detokenized, Generate, Tokenize, Tokenized
+from protocol.messages import Detokenize, Detokenized, Job, Tokenize, Tokenized
 from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.compatibility import Record, recommendations
@@ -145,7 +145,7 @@ class Fleet:
 
     # --- requests ---
 
-    def submit(self, model_id: str, request: Generate, *, streaming: bool) -> RequestStream:
+    def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
         """Start a request (its ``request_id`` is overwritten).
 
         ``streaming`` False: the answer will be taken whole with ``collect``.

@@ -25,6 +25,8 @@ from protocol.messages import (
     Beat,
     Cancel,
     Detokenized,
+    Embed,
+    Embedded,
     FromWorker,
     Generate,
     Hello,
@@ -170,7 +172,7 @@ class Generation:
                 return Delivery.LOST
             log.warning("%s does not read; %s not sent", self._name, type(message).__name__)
             return Delivery.BLOCKED
-        if isinstance(message, Generate | Cancel):
+        if isinstance(message, Generate | Embed | Cancel):
             self._watchdog.owes = True
         return Delivery.SENT
 
@@ -235,6 +237,9 @@ class Generation:
                 self._requests.accept(message)
             case Started():
                 self._requests.start(message)
+            case Embedded():
+                self._watchdog.owes = False
+                self._requests.embed(message)
             case Rejected():
                 self._watchdog.owes = False
                 self._requests.reject(message)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from protocol.messages import Generate, Priority
+from protocol.messages import Job, Priority
 from supervisor import jsonfile
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Fingerprints:
             except OSError as error:
                 log.warning("cannot keep %s: %s", path, error)
 
-    def of(self, model: str, request: Generate) -> str:
+    def of(self, model: str, request: Job) -> str:
         """The same for the same model, prompt and sampling; 16 hex digits."""
         # Neither the id nor who asks, nor how soon, makes it another request.
         content = msgspec.structs.replace(

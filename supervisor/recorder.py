@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from protocol.errors import ErrorCode
-from protocol.messages import Generate
+from protocol.messages import Job
 from supervisor.canary import CanaryReport
 from supervisor.compatibility import Outcome
 from supervisor.gate import ModelSpec
@@ -56,7 +56,7 @@ class Recorder:
         self,
         failure: RecordFailure,
         generation: Generation | None,
-        running: Sequence[Generate],
+        running: Sequence[Job],
         *,
         quarantined: bool,
         crash_count: int,

@@ -22,10 +22,12 @@ from protocol.messages import (
     Accepted,
     Cancel,
     Delta,
+    Embedded,
     FinishReason,
     Generate,
     Inquiry,
     InquiryAnswer,
+    Job,
     Phase,
     Rejected,
     Sampling,
@@ -70,8 +72,8 @@ class _Entry:
     ``opened_at`` is on the table's clock.
     """
 
-    asked: Generate
-    request: Generate
+    asked: Job
+    request: Job
     stream: RequestStream
     is_canary: bool
     opened_at: float
@@ -132,7 +134,7 @@ class RequestTable:
 
     def open(
         self,
-        request: Generate,
+        request: Job,
         *,
         streaming: bool,
         limit: int | None = None,
@@ -157,9 +159,9 @@ class RequestTable:
             on_close=let_go,
         )
         now = self._clock()
-        to_run = msgspec.structs.replace(
-            request, request_id=request_id, sampling=_seeded(request.sampling)
-        )
+        to_run: Job = msgspec.structs.replace(request, request_id=request_id)
+        if isinstance(to_run, Generate):
+            to_run = msgspec.structs.replace(to_run, sampling=_seeded(to_run.sampling))
         entry = _Entry(request, to_run, stream, is_canary, opened_at=now)
         if not self._run(entry):
             raise _worker_blocked()
@@ -214,6 +216,16 @@ class RequestTable:
                     continue
             entry.stream.push(delta)
 
+    def embed(self, message: Embedded) -> None:
+        """Hand vectors out; those of abandoned requests are dropped."""
+        entry = self._entries.get(message.request_id)
+        if entry is None:
+            self._hear_of_given_up(message.request_id, ended=message.last)
+            return
+        if message.last:
+            self._remove(message.request_id)
+        entry.stream.add_vectors(message.vectors, last=message.last)
+
     def accept(self, message: Accepted) -> None:
         if (entry := self._entries.get(message.request_id)) is not None:
             entry.stream.accept(message.prompt_tokens)
@@ -244,10 +256,10 @@ class RequestTable:
         begun = any(entry.stream.completion_tokens for entry in running)
         return Phase.DECODE if begun else Phase.PREFILL
 
-    def running(self) -> list[Generate]:
+    def running(self) -> list[Job]:
         """The requests that the worker has, as they came, oldest first, then those it was
         asked about."""
-        running = [entry.asked for entry in self._entries.values() if entry.sent]
+        running: list[Job] = [entry.asked for entry in self._entries.values() if entry.sent]
         inquiries = [entry.request for entry in self._inquiries.values() if entry.sent]
         return running + [each.generate for each in inquiries if isinstance(each, Tokenize)]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from sys import getsizeof
 from typing import NamedTuple
 
@@ -52,6 +52,8 @@ class RequestStream:
         self.started_after_s: float | None = None
         #: Seconds from the start of the answer to its end; 0 until then.
         self.generated_s = 0.0
+        #: Of an ``Embed``: the vectors so far. All are there when ``collect`` returns.
+        self.vectors: list[bytes] = []
         self._started_at = 0.0
         self._max_buffer_bytes = max_buffer_bytes
         self._on_close = on_close
@@ -123,6 +125,17 @@ class RequestStream:
         if delta.finish is not None:
             self._tell_over()
 
+    def add_vectors(self, vectors: Sequence[bytes], *, last: bool) -> None:
+        """Add to what an ``Embed`` has brought, which is only ever collected whole."""
+        if self.ended:
+            return
+        self.vectors += vectors
+        if last:
+            self._finish = FinishReason.STOP
+            self.generated_s = time.monotonic() - self._started_at if self.has_started else 0.0
+            self._wake()
+            self._tell_over()
+
     def fail(self, error: CodedError) -> None:
         """End the request with an error; what is buffered is still delivered first."""
         if not self.ended:
@@ -135,6 +148,7 @@ class RequestStream:
         assert not self._delivered
         self._texts.clear()
         self._extras.clear()
+        self.vectors.clear()
         self._buffered = 0
         self.completion_tokens = 0
         self.cached_tokens = 0

@@ -140,6 +140,8 @@ class Engine:
 
     def cancel(self, request_id: int) -> Delta | None:
         """Drop a request; None if it is unknown, as when it has just ended."""
+        # Where nothing is to be said of it, this tells that the message was taken up.
+        self._vitals.advance()
         if self._running.pop(request_id, None) is not None:
             self._backend.cancel(request_id)
         elif self._compiling.pop(request_id, None) is not None:

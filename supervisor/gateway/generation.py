@@ -15,7 +15,7 @@ import msgspec
 from starlette.types import Receive
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import FinishReason, Generate
+from protocol.messages import FinishReason, Job
 from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import DeadlinePassed, RequestCancelled
@@ -27,7 +27,7 @@ def submit(
     gateway: Gateway,
     call: Call,
     model: str,
-    requests: Sequence[Generate],
+    requests: Sequence[Job],
     terms: Terms,
     *,
     streaming: bool,

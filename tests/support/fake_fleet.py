@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,9 +14,11 @@ from protocol.messages import (
     Delta,
     Detokenize,
     Detokenized,
+    Embed,
     FinishReason,
     Generate,
     Inquiry,
+    Job,
     Tokenize,
     Tokenized,
 )
@@ -61,10 +64,20 @@ class Submitted:
     """One request as the worker would see it."""
 
     model: str
-    request: Generate
+    job: Job
     streaming: bool
     stream: RequestStream
     cancellation: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def request(self) -> Generate:
+        assert isinstance(self.job, Generate)
+        return self.job
+
+    @property
+    def embed(self) -> Embed:
+        assert isinstance(self.job, Embed)
+        return self.job
 
     @property
     def cancelled(self) -> bool:
@@ -78,6 +91,10 @@ class Submitted:
 
     def say(self, text: str, finish: FinishReason | None = None, tokens: int = 1) -> None:
         self.stream.push(Delta(0, text, [7] * tokens, finish))
+
+    def give(self, vectors: list[list[float]]) -> None:
+        packed = [struct.pack(f"<{len(vector)}f", *vector) for vector in vectors]
+        self.stream.add_vectors(packed, last=True)
 
     def finish(self) -> None:
         self.say("", FinishReason.STOP)
@@ -96,6 +113,8 @@ class FakeFleet(Fleet):
 
     views: dict[str, ModelView] = field(default_factory=dict)
     script: tuple[str, ...] | None = ("Hel", "lo")
+    #: Every ``Embed`` is answered with these at once, or not at all when that is None.
+    vectors: list[list[float]] | None = None
     refusal: CodedError | None = None
     bug: Exception | None = None
     requests: list[Submitted] = field(default_factory=list)
@@ -142,7 +161,7 @@ class FakeFleet(Fleet):
         view = self.model(model_id)
         return f"{view.backend}-{view.backend_version}"
 
-    def submit(self, model_id: str, request: Generate, *, streaming: bool) -> RequestStream:
+    def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
         self.model(model_id)
         if self.bug is not None:
             raise self.bug
@@ -158,7 +177,11 @@ class FakeFleet(Fleet):
         submitted = Submitted(model_id, request, streaming, stream)
         self.requests.append(submitted)
         self._news.set()
-        if self.script is not None:
+        if isinstance(request, Embed):
+            if self.vectors is not None:
+                submitted.accept()
+                submitted.give(self.vectors)
+        elif self.script is not None:
             submitted.accept()
             for text in self.script:
                 submitted.say(text)

@@ -433,3 +433,10 @@ def test_the_prompt_is_looked_at_before_the_constraint(slow: tuple[Rig, Slow]) -
     assert isinstance(answer, Rejected)
     assert answer.param == "prompt"
     assert rig.engine.idle
+
+
+def test_a_cancellation_in_vain_is_progress_all_the_same(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    before = rig.vitals.beat().progress
+    assert rig.engine.cancel(7) is None
+    assert rig.vitals.beat().progress > before
