@@ -62,7 +62,7 @@ def assert_refused(server: Server, path: Path, status: int, code: str) -> str:
         (bad_gguf.write_bad_tensor_count, 409, "model_incomplete"),
         (bad_gguf.write_bad_metadata_count, 409, "model_incomplete"),
         (made_with(architecture="nosucharch"), 422, "model_unsupported_arch"),
-        (made_with(architecture="bert"), 422, "model_unsupported_arch"),
+        (made_with(architecture="llada"), 422, "model_unsupported_arch"),
         (made_with(extra_embedding_rows=7), 409, "model_incomplete"),
         (made_with(flaw="nan"), 409, "model_canary_failed"),
         (made_with(flaw="stuck"), 409, "model_canary_failed"),
@@ -77,7 +77,7 @@ def assert_refused(server: Server, path: Path, status: int, code: str) -> str:
             "tensor-count",
             "metadata-count",
         ),
-        *("unknown-arch", "encoder", "vocabulary", "nan-weights", "stuck-weights"),
+        *("unknown-arch", "diffusion", "vocabulary", "nan-weights", "stuck-weights"),
     ],
 )
 def test_a_bad_gguf(

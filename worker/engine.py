@@ -15,10 +15,13 @@ from protocol.errors import CodedError
 from protocol.messages import (
     Accepted,
     Delta,
+    Embed,
+    Embedded,
     FinishReason,
     Generate,
     Inquiry,
     InquiryAnswer,
+    Job,
     Loaded,
     Phase,
     Rejected,
@@ -27,6 +30,7 @@ from protocol.messages import (
 from worker.answer import Answer
 from worker.backends.base import Backend, SequenceSpec, TokenMask
 from worker.compiler import ConstraintCompiler
+from worker.kinds import wrong_kind
 from worker.prompt import Prepared, PromptBuilder
 from worker.queue import RequestQueue
 from worker.stops import StopMatcher
@@ -41,12 +45,14 @@ class Progress(NamedTuple):
     """What one step brought: requests that began with it, and what was added to which.
 
     There is at most one delta per request. ``settled``: what became of requests for
-    which ``submit`` had no answer; it comes before the rest.
+    which ``submit`` had no answer; it comes before the rest. ``embedded``: of a model that
+    makes vectors, what there is instead of deltas.
     """
 
     started: list[Started]
     deltas: list[Delta]
     settled: Sequence[Accepted | Rejected] = ()
+    embedded: Sequence[Embedded] = ()
 
 
 class Engine:
@@ -78,11 +84,13 @@ class Engine:
         """Do what may be done once and takes a moment, now that there is one."""
         self._compiler.prepare()
 
-    def submit(self, request: Generate) -> Accepted | Rejected | None:
+    def submit(self, request: Job) -> Accepted | Rejected | None:
         """Check and enqueue a request; a refusal leaves no trace.
 
         None: the constraint is being compiled, and a later ``step`` has the answer.
         """
+        if isinstance(request, Embed):
+            return _rejected(request, wrong_kind(self._model.kind))
         # Templates and tokenisers can hang as well: this is work in hand.
         self._vitals.phase = Phase.PREFILL
         self._vitals.in_hand += 1
@@ -140,13 +148,13 @@ class Engine:
 
     def cancel(self, request_id: int) -> Delta | None:
         """Drop a request; None if it is unknown, as when it has just ended."""
-        # Where nothing is to be said of it, this tells that the message was taken up.
-        self._vitals.advance()
         if self._running.pop(request_id, None) is not None:
             self._backend.cancel(request_id)
         elif self._compiling.pop(request_id, None) is not None:
             self._compiler.cancel(request_id)
         elif self._waiting.pop(request_id, None) is None:
+            # As nothing will be said of it, this tells that the message was taken up.
+            self._vitals.advance()
             return None
         self._queue.leave(request_id)
         self._update_vitals()
@@ -234,7 +242,7 @@ class Engine:
             vitals.phase = Phase.PREFILL
 
 
-def _rejected(request: Generate, error: CodedError) -> Rejected:
+def _rejected(request: Job, error: CodedError) -> Rejected:
     return Rejected(request.request_id, error.code, error.message, error.param)
 
 

@@ -6,6 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from typing import Protocol
 
 import zmq
 
@@ -13,19 +14,24 @@ from protocol.errors import CodedError, ErrorCode
 from protocol.handshake import EXIT_FAULT, WorkerBoot
 from protocol.messages import (
     PROTOCOL_VERSION,
+    Accepted,
     BackendFault,
     Cancel,
     Delta,
     Detokenize,
+    Embed,
     FinishReason,
     Generate,
     Hello,
     Inquiry,
+    InquiryAnswer,
+    Job,
     Load,
     LoadFailed,
     LoadProgress,
     Phase,
     Priority,
+    Rejected,
     Shutdown,
     Step,
     Tokenize,
@@ -33,7 +39,8 @@ from protocol.messages import (
 )
 from worker.backends import create_backend
 from worker.backends.base import Backend
-from worker.engine import Engine
+from worker.embedding import EmbeddingEngine
+from worker.engine import Engine, Progress
 from worker.link import Link, LinkWrapper
 from worker.prompt import PromptBuilder
 from worker.queue import RequestQueue
@@ -92,7 +99,7 @@ def _load_and_serve(boot: WorkerBoot, link: Link, vitals: Vitals) -> int:
         backend.close()
 
 
-def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Engine | None:
+def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Runner | None:
     def report(fraction: float) -> None:
         vitals.advance()
         link.send(LoadProgress(fraction))
@@ -112,10 +119,13 @@ def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Engine
     link.send(prompts.describe())
     # Not before: until it has been said, this is still the load, with its deadline.
     vitals.phase = Phase.IDLE
+    embedder = backend.embedder
+    if embedder is not None:
+        return EmbeddingEngine(embedder, model, vitals, prompts)
     return Engine(backend, model, vitals, prompts)
 
 
-def _serve(engine: Engine, link: Link) -> int:
+def _serve(engine: Runner, link: Link) -> int:
     try:
         Service(engine, link).run()
     except Exception as error:
@@ -125,6 +135,32 @@ def _serve(engine: Engine, link: Link) -> int:
     finally:
         engine.close()
     return 0
+
+
+class Runner(Protocol):
+    """What runs the requests of one kind of model; see ``worker.engine.Engine``."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would find nothing to do."""
+
+    def prepare(self) -> None:
+        """Do what may be done once and takes a moment, now that there is one."""
+
+    def submit(self, request: Job) -> Accepted | Rejected | None:
+        """Check and enqueue a request. None: a later step has the answer."""
+
+    def answer(self, inquiry: Inquiry) -> InquiryAnswer | Rejected:
+        """Tell tokens or text, at once."""
+
+    def cancel(self, request_id: int) -> Delta | None:
+        """Drop a request; None if it is unknown."""
+
+    def step(self) -> Progress:
+        """Move what runs on, and return what came of it."""
+
+    def close(self) -> None:
+        """Leave the backend alone from now on."""
 
 
 class Service:
@@ -138,12 +174,12 @@ class Service:
     """
 
     def __init__(
-        self, engine: Engine, link: Link, clock: Callable[[], float] = time.monotonic
+        self, engine: Runner, link: Link, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine = engine
         self._link = link
         self._clock = clock
-        self._arrived: dict[int, Generate | Inquiry] = {}
+        self._arrived: dict[int, Job | Inquiry] = {}
         self._order = RequestQueue()
         self._stepped = False
 
@@ -166,7 +202,7 @@ class Service:
     def _receive(self, message: ToWorker) -> bool:
         """Carry out one message, or put it by; False when it was the last."""
         match message:
-            case Generate() | Detokenize():
+            case Generate() | Embed() | Detokenize():
                 self._put_by(message, message.client, message.priority)
             case Tokenize():
                 self._put_by(message, message.generate.client, message.generate.priority)
@@ -178,7 +214,7 @@ class Service:
                 return False
         return True
 
-    def _put_by(self, message: Generate | Inquiry, client: str, priority: Priority) -> None:
+    def _put_by(self, message: Job | Inquiry, client: str, priority: Priority) -> None:
         self._order.enter(message.request_id, client, priority)
         self._arrived[message.request_id] = message
 
@@ -188,7 +224,7 @@ class Service:
             # It is no more than a turn: what runs counts in the engine's own queue.
             self._order.leave(request_id)
             message = self._arrived.pop(request_id)
-            if not isinstance(message, Generate):
+            if isinstance(message, Tokenize | Detokenize):
                 self._link.send(self._engine.answer(message))
             elif (answer := self._engine.submit(message)) is not None:
                 self._link.send(answer)
@@ -206,8 +242,8 @@ class Service:
 
     def _step(self) -> None:
         self._stepped = True
-        started, deltas, settled = self._engine.step()
-        for message in (*settled, *started):
+        started, deltas, settled, embedded = self._engine.step()
+        for message in (*settled, *started, *embedded):
             self._link.send(message)
         if deltas:
             self._link.send(Step(deltas))

@@ -74,12 +74,17 @@ def test_gguf_of_a_later_format_needs_another_backend(tiny_gguf: Path, tmp_path:
     assert "version 99" in refused.message
 
 
-@pytest.mark.parametrize("architecture", ["nosucharch", "bert"])
+@pytest.mark.parametrize("architecture", ["nosucharch", "llada"])
 def test_gguf_of_an_architecture_that_cannot_answer(architecture: str, tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "bad.gguf", architecture=architecture)
     refused = refusal("llama", path)
     assert refused.code == ErrorCode.MODEL_UNSUPPORTED_ARCH
     assert architecture in refused.message
+
+
+def test_gguf_of_an_encoder_without_its_tensors_is_incomplete(tmp_path: Path) -> None:
+    refused = refusal("llama", write_tiny_gguf(tmp_path / "bad.gguf", architecture="bert"))
+    assert refused.code == ErrorCode.MODEL_INCOMPLETE
 
 
 def test_gguf_refusal_does_not_show_an_earlier_reason(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -125,6 +125,47 @@ class Detokenizer(Protocol):
         """Return what was held back; an incomplete character becomes U+FFFD."""
 
 
+class EmbedInput(NamedTuple):
+    """One sequence to make a vector of, and how much of the vector (None: all of it)."""
+
+    tokens: Sequence[int]
+    dimensions: int | None = None
+
+
+class Embedder(Protocol):
+    """A model that makes a vector, or a score, of a whole sequence of tokens.
+
+    All calls come from the backend's thread.
+    """
+
+    @property
+    def dimensions(self) -> int:
+        """Of a vector; 1 for a reranker's score."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """About how many tokens should be computed at once, if the inputs are short."""
+
+    @property
+    def batch_sequences(self) -> int:
+        """How many sequences may be computed at once."""
+
+    def encode_input(self, text: str) -> list[int]:
+        """Tokenise, with what the model wants around it. Raises ``PromptRefused``."""
+
+    def encode_pair(self, query: str, document: str) -> list[int]:
+        """Both, as a reranker wants to see them. Raises ``PromptRefused``."""
+
+    def embed(
+        self, inputs: Sequence[EmbedInput], advance: Callable[[], None]
+    ) -> list[bytes | None]:
+        """A vector for each input, as of ``protocol.messages``; None for one that is not finite.
+
+        No input is empty or longer than the context. ``advance`` is called as parts of
+        the work are done. After an exception the state is undefined: the process ends.
+        """
+
+
 class Backend(Protocol):
     """One inference library with at most one model.
 
@@ -172,6 +213,10 @@ class Backend(Protocol):
 
         Takes up to a second. The one method for another thread, once the model is loaded.
         """
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """What to use of a model that generates nothing, instead of the methods below."""
 
     def admit(self, spec: SequenceSpec) -> None:
         """Add a sequence. The caller keeps to ``Loaded.max_sequences``."""

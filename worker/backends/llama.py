@@ -24,6 +24,7 @@ from protocol.errors import ErrorCode
 from protocol.messages import Load, Loaded
 from worker.backends.base import (
     Detokenizer,
+    Embedder,
     LoadRefused,
     PromptRefused,
     ReportProgress,
@@ -32,7 +33,8 @@ from worker.backends.base import (
     TokenTable,
 )
 from worker.backends.detokenize import ByteDetokenizer
-from worker.backends.llama_library import LOG, not_a_generator, refusal
+from worker.backends.llama_embedding import LlamaEmbedder, create_embedding_context, pooling_of
+from worker.backends.llama_library import LOG, not_served, refusal
 from worker.backends.llama_memory import MAX_SEQUENCES, NativeMemory, read_traits
 from worker.backends.llama_model import (
     check_file,
@@ -56,6 +58,7 @@ class LlamaBackend:
     def __init__(self) -> None:
         self._closing = ExitStack()
         self._template: ChatTemplate | None = None
+        self._embedder: LlamaEmbedder | None = None
         self._no_template = "the model has no chat template; send a plain prompt instead"
 
     @property
@@ -76,12 +79,14 @@ class LlamaBackend:
         model = load_model(path, report)
         self._closing.callback(llama_cpp.llama_model_free, model)
         context_length = choose_context_length(model, options.context_length)
+        if (pooling := pooling_of(model, LOG.architecture)) is not None:
+            return self._load_embedder(path, model, context_length, options, pooling)
         context = create_context(model, context_length, options)
         if not context:
             raise refusal(path, LOG)
         self._closing.callback(llama_cpp.llama_free, context)
         if not llama_cpp.llama_get_memory(context) or llama_cpp.llama_model_has_encoder(model):
-            raise not_a_generator(LOG.architecture)
+            raise not_served(LOG.architecture)
         self._vocabulary = Vocabulary(model)
         self._load_template(model)
         pool = KvPool(
@@ -130,6 +135,10 @@ class LlamaBackend:
     def vocabulary(self) -> TokenTable | None:
         return self._vocabulary.table()
 
+    @property
+    def embedder(self) -> Embedder | None:
+        return self._embedder
+
     def admit(self, spec: SequenceSpec) -> None:
         self._scheduler.admit(spec)
 
@@ -141,6 +150,28 @@ class LlamaBackend:
 
     def close(self) -> None:
         self._closing.close()
+
+    def _load_embedder(
+        self, path: Path, model: Any, context_length: int, options: Load, pooling: int
+    ) -> Loaded:
+        context = create_embedding_context(model, context_length, options, pooling)
+        if not context:
+            raise refusal(path, LOG)
+        self._closing.callback(llama_cpp.llama_free, context)
+        self._vocabulary = Vocabulary(model)
+        self._embedder = LlamaEmbedder(model, context, self._vocabulary, context_length, pooling)
+        architecture = LOG.architecture or "unknown"
+        LOG.start()
+        return Loaded(
+            architecture=architecture,
+            context_length=context_length,
+            max_sequences=options.max_sequences,
+            vocab_size=self._vocabulary.size,
+            has_chat_template=False,
+            weights_bytes=llama_cpp.llama_model_size(model),
+            kind=self._embedder.kind,
+            dimensions=self._embedder.dimensions,
+        )
 
     def _load_template(self, model: Any) -> None:
         source = llama_cpp.llama_model_chat_template(model, None)

@@ -18,29 +18,25 @@ _DEBUG, _INFO, _WARNING, _ERROR, _CONTINUED = range(1, 6)
 
 _ARCHITECTURE = re.compile(r"general\.architecture\s+str\s+=\s+(\S+)")
 
-#: Architectures that llama.cpp loads but that do not generate from left to
-#: right: encoders, diffusion models, and parts of other models.
-_NOT_GENERATORS = frozenset(
+#: Architectures that see a whole text at once and make vectors of it.
+ENCODERS = frozenset(
     {
         "bert",
-        "clip",
-        "dream",
         "eurobert",
         "gemma-embedding",
         "jina-bert-v2",
         "jina-bert-v3",
-        "llada",
-        "llada-moe",
         "modern-bert",
         "neo-bert",
         "nomic-bert",
         "nomic-bert-moe",
-        "rnd1",
-        "t5",
         "t5encoder",
-        "wavtokenizer-dec",
     }
 )
+
+#: Architectures that llama.cpp loads but that neither generate from left to right nor
+#: make vectors of texts: diffusion models, and parts of other models.
+_NOT_SERVED = frozenset({"clip", "dream", "llada", "llada-moe", "rnd1", "t5", "wavtokenizer-dec"})
 
 #: First match wins. What is not listed is no verdict on the file.
 _REASONS = tuple(
@@ -105,16 +101,16 @@ class LibraryLog:
 LOG = LibraryLog()
 
 
-def check_generates(architecture: str | None) -> None:
-    """Raise ``LoadRefused`` for an architecture that cannot answer prompts."""
-    if architecture in _NOT_GENERATORS:
-        raise not_a_generator(architecture)
+def check_served(architecture: str | None) -> None:
+    """Raise ``LoadRefused`` for an architecture that is of no use to any request."""
+    if architecture in _NOT_SERVED:
+        raise not_served(architecture)
 
 
-def not_a_generator(architecture: str | None) -> LoadRefused:
+def not_served(architecture: str | None) -> LoadRefused:
     return LoadRefused(
         ErrorCode.MODEL_UNSUPPORTED_ARCH,
-        f"{architecture!r} models do not generate text token by token",
+        f"{architecture!r} models neither generate text token by token nor embed it",
     )
 
 

@@ -10,7 +10,7 @@ import llama_cpp
 from protocol.errors import ErrorCode
 from protocol.messages import Load
 from worker.backends.base import LoadRefused, ReportProgress
-from worker.backends.llama_library import LOG, check_generates, default_threads, refusal
+from worker.backends.llama_library import LOG, check_served, default_threads, refusal
 
 #: Bound of the context length when the request names none, in tokens.
 DEFAULT_CONTEXT_LENGTH = 8192
@@ -44,7 +44,7 @@ def load_model(path: Path, report: ReportProgress) -> Any:
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     # Before the failure: the library's complaint may be about a missing key.
     try:
-        check_generates(LOG.architecture)
+        check_served(LOG.architecture)
     except LoadRefused:
         if model:
             llama_cpp.llama_model_free(model)

@@ -40,17 +40,36 @@ class Vocabulary:
         With ``add_bos`` the beginning-of-sequence token comes first if the vocabulary
         wants one, and once only, should the text bring its own. Raises ``PromptRefused``.
         """
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise PromptRefused(f"the text is not valid Unicode: {error}", param=param) from error
         # Not with the library's own special tokens: it would append EOS as well.
-        encoded = self._tokenize(data, parse_special=True)
-        if encoded is None:
-            raise PromptRefused("the text cannot be tokenised", param=param)
+        encoded = self._encode(text, param=param, add_special=False, parse_special=True)
         if add_bos and self._add_bos and (not encoded or encoded[0] != self._bos):
             encoded.insert(0, self._bos)
         return encoded
+
+    def encode_whole(self, text: str, *, param: str) -> list[int]:
+        """Tokenise with all that the library adds at both ends. Raises ``PromptRefused``."""
+        return self._encode(text, param=param, add_special=True, parse_special=True)
+
+    def encode_pair(self, query: str, document: str) -> list[int]:
+        """A query and a document as models were trained to compare them.
+
+        ``[CLS] query [SEP] document [SEP]`` for a BERT; ``<s> query </s></s> document
+        </s>`` for those that have an end of text besides. Raises ``PromptRefused``.
+        """
+        vocab = self._vocab
+        separator = llama_cpp.llama_vocab_sep(vocab)
+        eos = llama_cpp.llama_vocab_eos(vocab)
+        seps = [separator] if llama_cpp.llama_vocab_get_add_sep(vocab) else []
+        end = [eos if eos != _NO_TOKEN else separator]
+        if not llama_cpp.llama_vocab_get_add_eos(vocab):
+            end = []
+        between = [token for token in (*end, *seps) if token != _NO_TOKEN]
+        after = end or seps
+        # Not with special tokens: none of what is compared may end it.
+        first = self._encode(query, param="query", add_special=False, parse_special=False)
+        second = self._encode(document, param="documents", add_special=False, parse_special=False)
+        start = [self._bos] if self._add_bos else []
+        return [*start, *first, *between, *second, *(t for t in after if t != _NO_TOKEN)]
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; none for special tokens."""
@@ -85,11 +104,25 @@ class Vocabulary:
             encode=lambda text: self._tokenize(text.encode(), parse_special=False) or [],
         )
 
-    def _tokenize(self, data: bytes, *, parse_special: bool) -> list[int] | None:
+    def _encode(
+        self, text: str, *, param: str, add_special: bool, parse_special: bool
+    ) -> list[int]:
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptRefused(f"the text is not valid Unicode: {error}", param=param) from error
+        encoded = self._tokenize(data, parse_special=parse_special, add_special=add_special)
+        if encoded is None:
+            raise PromptRefused("the text cannot be tokenised", param=param)
+        return encoded
+
+    def _tokenize(
+        self, data: bytes, *, parse_special: bool, add_special: bool = False
+    ) -> list[int] | None:
         capacity = len(data) + 8
         tokens = (llama_cpp.llama_token * capacity)()
         count = llama_cpp.llama_tokenize(
-            self._vocab, data, len(data), tokens, capacity, False, parse_special
+            self._vocab, data, len(data), tokens, capacity, add_special, parse_special
         )
         return None if count < 0 else tokens[:count]
 

@@ -21,6 +21,7 @@ from protocol.errors import ErrorCode
 from protocol.messages import Load, Loaded
 from worker.backends.base import (
     Detokenizer,
+    Embedder,
     LoadRefused,
     ReportProgress,
     SequenceSpec,
@@ -109,6 +110,10 @@ class MlxBackend:
     def vocabulary(self) -> TokenTable | None:
         table: TokenTable | None = self._tokenizer.table()
         return table
+
+    @property
+    def embedder(self) -> Embedder | None:
+        return None  # mlx-lm has none
 
     def admit(self, spec: SequenceSpec) -> None:
         self._batch.admit(spec)

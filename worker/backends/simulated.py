@@ -15,15 +15,17 @@ from pathlib import Path
 import msgspec
 
 from protocol.errors import ErrorCode
-from protocol.messages import Load, Loaded
+from protocol.messages import Load, Loaded, ModelKind
 from worker.backends.base import (
     Detokenizer,
+    Embedder,
     LoadRefused,
     ReportProgress,
     SequenceSpec,
     StepToken,
     TokenTable,
 )
+from worker.backends.simulated_embedding import SimulatedEmbedder
 from worker.chat.conversation import Conversation
 from worker.fault_acts import FaultyLink, cause
 from worker.faults import BOOT_FAULTS_ENV, FAULTS_ENV, Fault, FaultPlan, FaultPoint, read_faults
@@ -40,13 +42,16 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     takes ``prefill_delay_s``. An answer is ``tokens`` once, or for ever with ``repeat``;
     with ``ignore_eos`` it always repeats. Each token may be any text, also an empty one.
     No mask keeps it from its script. ``chat_template`` renders nothing; it tells what the
-    answers mean, as that of a real model would.
+    answers mean, as that of a real model would. A ``kind`` that is no
+    generator makes vectors of the bytes of its inputs, for which ``prefill_delay_s`` and
+    faults at ``prompt`` hold.
     """
 
     tokens: list[str] = msgspec.field(default_factory=lambda: ["Hello", ",", " world", "."])
     repeat: bool = False
     chat_template: str | None = None
     context_length: int = 4096
+    kind: ModelKind = ModelKind.GENERATE
     load_delay_s: float = 0.0
     prefill_chunk: int = 0
     prefill_delay_s: float = 0.0
@@ -116,6 +121,8 @@ class SimulatedBackend:
             vocab_size=self._end_token + 1,
             has_chat_template=True,
             weights_bytes=path.stat().st_size,
+            kind=self._script.kind,
+            dimensions=0 if (embedder := self.embedder) is None else embedder.dimensions,
         )
 
     @property
@@ -147,6 +154,14 @@ class SimulatedBackend:
             special={self._end_token: "<end>"},
             end_tokens=frozenset([self._end_token]),
             encode=self.encode_text,
+        )
+
+    @property
+    def embedder(self) -> Embedder | None:
+        if self._script.kind is ModelKind.GENERATE:
+            return None
+        return SimulatedEmbedder(
+            self._script, lambda text: self._strike(FaultPoint.PROMPT, prompt=text)
         )
 
     def admit(self, spec: SequenceSpec) -> None:
