@@ -41,6 +41,9 @@ class CanaryImpossible(Exception):
 class CanaryReport:
     """What a passed canary measured. Speeds are those of the whole path.
 
+    Of a model that generates nothing: the time until the vectors were there, and the
+    tokens of the inputs per second.
+
     ``canary`` names what was asked: only answers to the same can be compared.
     """
 

@@ -6,8 +6,9 @@ import asyncio
 import random
 
 from protocol.errors import ErrorCode
-from protocol.messages import Generate, Loaded
+from protocol.messages import Job, Loaded, ModelKind
 from supervisor.canary import CanaryFailed, CanaryImpossible, CanaryReport, run_canary
+from supervisor.embedding_canary import run_embedding_canary
 from supervisor.lifecycle import CanaryPassed, Event, LoadRefused, RunCanary, WorkerFailed
 from supervisor.quarantine import FailureKind
 from supervisor.requests import RequestTable
@@ -19,18 +20,23 @@ async def prove(
 ) -> tuple[Event, CanaryReport | None]:
     """Run the canary that was commanded, through ``requests``; a report if it passed."""
 
-    def submit(request: Generate) -> RequestStream:
+    def submit(request: Job) -> RequestStream:
         return requests.open(request, streaming=True, is_canary=True)
 
     number = command.generation
     try:
         async with asyncio.timeout(timeout_s):
-            report = await run_canary(
-                submit,
-                has_chat_template=model.has_chat_template,
-                context_length=model.context_length,
-                strict=command.strict,
-            )
+            if model.kind is ModelKind.GENERATE:
+                report = await run_canary(
+                    submit,
+                    has_chat_template=model.has_chat_template,
+                    context_length=model.context_length,
+                    strict=command.strict,
+                )
+            else:
+                report = await run_embedding_canary(
+                    submit, dimensions=model.dimensions, kind=model.kind, strict=command.strict
+                )
     except CanaryImpossible as error:
         return LoadRefused(number, ErrorCode.INVALID_VALUE, str(error)), None
     except (CanaryFailed, TimeoutError) as error:

@@ -53,6 +53,7 @@ LEAVES_MAY_IMPORT = {
     "process": {"marks", "quarantine"},
     "modelfiles": {"gguf"},
     "canary": {"stream"},
+    "embedding_canary": {"canary", "stream"},
     "requests": {"pace", "places", "stream"},
     "incidents": {"jsonfile"},
     "casefile": {"incidents"},
