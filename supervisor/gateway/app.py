@@ -25,6 +25,7 @@ from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
 from supervisor.gateway.openai import models
 from supervisor.gateway.openai.chat import chat_completions
 from supervisor.gateway.openai.completions import completions
+from supervisor.gateway.openai.embeddings import embeddings
 from supervisor.gateway.openai.responses import create_response
 from supervisor.gateway.openai.responses_store import ResponseStore
 from supervisor.gateway.openai.responses_stored import (
@@ -32,6 +33,7 @@ from supervisor.gateway.openai.responses_stored import (
     get_response,
     list_input_items,
 )
+from supervisor.gateway.rerank import rerank
 from supervisor.gateway.running import RunningCalls
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
@@ -86,6 +88,8 @@ def _routes(gateway: Gateway) -> list[Route]:
         ),
         route("/v1/responses/{id}/input_items", Side.INFERENCE, {"GET": list_input_items}),
         route("/v1/requests/{id}/cancel", Side.INFERENCE, {"POST": cancel_request}),
+        route("/v1/embeddings", Side.INFERENCE, {"POST": embeddings}),
+        route("/v1/rerank", Side.INFERENCE, {"POST": rerank}),
         route("/v1/models", Side.INFERENCE, {"GET": models.list_models}),
         route("/v1/models/{id:path}", Side.INFERENCE, {"GET": models.get_model}),
         route("/admin/models", Side.ADMIN, {"GET": admin.list_models}),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeGuard
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
-from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate
 from supervisor.gateway.body import read_json
 from supervisor.gateway.endpoint import Call, Gateway
@@ -30,13 +29,12 @@ from supervisor.gateway.openai.parameters import (
     invalid_value,
     refuse_unsupported,
     several,
+    texts_or_tokens,
     unsupported,
 )
 from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
 from supervisor.places import most_of_one
-
-Prompt = str | list[int]
 
 
 class CompletionRequest(Parameters, kw_only=True):
@@ -96,7 +94,7 @@ def to_generates(request: CompletionRequest, max_prompts: int) -> list[Generate]
     refuse_unsupported(request, _LIMITS)
     if request.echo and request.logprobs is not None:
         raise unsupported("echo", "log probabilities of the prompt are")
-    prompts, answers = _prompts(request.prompt), request.n or 1
+    prompts, answers = texts_or_tokens(request.prompt, "prompt"), request.n or 1
     if len(prompts) * answers > max_prompts:
         raise invalid_value(
             "prompt", f"at most {max_prompts} answers, prompts times n, as many as fit the queue"
@@ -117,31 +115,3 @@ def to_generates(request: CompletionRequest, max_prompts: int) -> list[Generate]
         for prompt in prompts
     ]
     return [each for request in requests for each in several(request, answers)]
-
-
-def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt or [] in prompt:
-        raise invalid_value("prompt", "must not be empty")
-    if _all_ids(prompt):
-        return [prompt]
-    if _all_texts(prompt) or _all_id_lists(prompt):
-        return list(prompt)
-    raise CodedError(
-        ErrorCode.INVALID_TYPE,
-        "prompt: must be a string, a list of token ids, or a list of either",
-        param="prompt",
-    )
-
-
-def _all_ids(prompt: Sequence[object]) -> TypeGuard[list[int]]:
-    return all(isinstance(item, int) for item in prompt)
-
-
-def _all_texts(prompt: Sequence[object]) -> TypeGuard[list[str]]:
-    return all(isinstance(item, str) for item in prompt)
-
-
-def _all_id_lists(prompt: Sequence[object]) -> TypeGuard[list[list[int]]]:
-    return all(isinstance(item, list) for item in prompt)

@@ -10,8 +10,8 @@ and their like change no answer and are ignored as well.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, TypeGuard, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -140,3 +140,32 @@ def missing(param: str) -> CodedError:
 
 def invalid_value(param: str, message: str) -> CodedError:
     return CodedError(ErrorCode.INVALID_VALUE, f"{param}: {message}", param=param)
+
+
+def texts_or_tokens(value: str | list[str | int | list[int]], param: str) -> list[str | list[int]]:
+    """What may be one text, the token ids of one, or a list of either, as a list."""
+    if isinstance(value, str):
+        return [value]
+    if not value or [] in value:
+        raise invalid_value(param, "must not be empty")
+    if _all_ids(value):
+        return [value]
+    if _all_texts(value) or _all_id_lists(value):
+        return list(value)
+    raise CodedError(
+        ErrorCode.INVALID_TYPE,
+        f"{param}: must be a string, a list of token ids, or a list of either",
+        param=param,
+    )
+
+
+def _all_ids(prompt: Sequence[object]) -> TypeGuard[list[int]]:
+    return all(isinstance(item, int) for item in prompt)
+
+
+def _all_texts(prompt: Sequence[object]) -> TypeGuard[list[str]]:
+    return all(isinstance(item, str) for item in prompt)
+
+
+def _all_id_lists(prompt: Sequence[object]) -> TypeGuard[list[list[int]]]:
+    return all(isinstance(item, list) for item in prompt)
