@@ -16,6 +16,7 @@ _WORDS = (
 )
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
+Flaw = Literal["none", "nan", "same"]
 Pooling = Literal["mean", "cls", "rank"] | None
 _POOLING = {
     "mean": gguf.PoolingType.MEAN,
@@ -39,9 +40,17 @@ def bert_tokens() -> list[str]:
 
 
 def write_tiny_bert(
-    path: Path, *, pooling: Pooling = "mean", context_length: int = 128, seed: int = 0
+    path: Path,
+    *,
+    pooling: Pooling = "mean",
+    context_length: int = 128,
+    seed: int = 0,
+    flaw: Flaw = "none",
 ) -> Path:
-    """Write the file and return its path. Without a `pooling`, the file does not name one."""
+    """Write the file and return its path. Without a `pooling`, the file does not name one.
+
+    With the flaw "same" every text gets the same vector.
+    """
     tokens = bert_tokens()
     writer = gguf.GGUFWriter(path, "bert")
     writer.add_name("tiny-bert")
@@ -66,7 +75,12 @@ def write_tiny_bert(
     writer.add_sep_token_id(tokens.index(SEP))
     writer.add_pad_token_id(tokens.index(PAD))
     writer.add_mask_token_id(tokens.index(MASK))
-    write_tensors(writer, _tensors(len(tokens), context_length, seed, rank=pooling == "rank"))
+    tensors = _tensors(len(tokens), context_length, seed, rank=pooling == "rank")
+    if flaw != "none":
+        last = f"blk.{_LAYERS - 1}.layer_output_norm"
+        tensors[f"{last}.weight"][:] = numpy.nan if flaw == "nan" else 0.0
+        tensors[f"{last}.bias"][:] = 1.0
+    write_tensors(writer, tensors)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import gguf
 import numpy
@@ -46,18 +47,22 @@ def write_tiny_gguf(
     chat_template: str | None = CHAT_TEMPLATE,
     extra_embedding_rows: int = 0,
     flaw: Flaw = "none",
+    pooling: Literal["mean", "last", "rank"] | None = None,
 ) -> Path:
     """Write a GGUF with llama's tensors to `path`, and return it.
 
     An `architecture` other than "llama" is only a name: a reader that knows it
     misses its tensors, one that doesn't refuses it. `chat_template=None` leaves
     the template out. `extra_embedding_rows` makes the embedding disagree with
-    the vocabulary, which llama.cpp refuses to load.
+    the vocabulary, which llama.cpp refuses to load. With a `pooling` it is no
+    generator: each text becomes one vector.
     """
     shape = Shape(hidden=hidden, layers=layers, context_length=context_length)
     vocab = tiny_vocab()
     writer = gguf.GGUFWriter(path, architecture)
     _add_shape(writer, shape, vocab)
+    if pooling is not None:
+        writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
     add_tokenizer(writer, vocab)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
