@@ -56,18 +56,19 @@ async def run_embedding_canary(
         for texts in _TEXTS:
             request = Embed(0, list(texts), query)
             try:
-                first, _ = await _embed(submit, request)
+                first, _ = await _embed(submit, request, dimensions)
             except CodedError as error:
                 if error.code is not ErrorCode.CONTEXT_LENGTH_EXCEEDED:
                     raise
                 refusal = error
                 continue
-            check_vectors(first, dimensions, kind)
+            check_apart(first, kind)
             submit(request).close()
             for _ in range(STRICT_REPEATS if strict else REPEATS):
-                again, report = await _embed(submit, request)
+                again, report = await _embed(submit, request, dimensions)
                 check_same(first, again)
-            alone, _ = await _embed(submit, msgspec.structs.replace(request, inputs=texts[:1]))
+            single = msgspec.structs.replace(request, inputs=texts[:1])
+            alone, _ = await _embed(submit, single, dimensions)
             check_same(first[:1], alone)
             return report
     except CodedError as error:
@@ -75,7 +76,9 @@ async def run_embedding_canary(
     raise CanaryImpossible(f"no text could be tried: {refusal.message}")
 
 
-async def _embed(submit: Submit, request: Embed) -> tuple[list[array[float]], CanaryReport]:
+async def _embed(
+    submit: Submit, request: Embed, dimensions: int
+) -> tuple[list[array[float]], CanaryReport]:
     started = time.monotonic()
     stream = submit(request)
     try:
@@ -83,9 +86,9 @@ async def _embed(submit: Submit, request: Embed) -> tuple[list[array[float]], Ca
     finally:
         stream.close()
     took = time.monotonic() - started
-    vectors = [floats(vector) for vector in stream.vectors]
-    if len(vectors) != len(request.inputs):
-        raise CanaryFailed(f"{len(vectors)} vectors for {len(request.inputs)} texts")
+    if len(stream.vectors) != len(request.inputs):
+        raise CanaryFailed(f"{len(stream.vectors)} vectors for {len(request.inputs)} texts")
+    vectors = [checked(vector, dimensions, request.query) for vector in stream.vectors]
     asked = msgspec.json.encode((request.inputs, request.query))
     return vectors, CanaryReport(
         canary=hashlib.sha256(asked).hexdigest()[:16],
@@ -97,12 +100,23 @@ async def _embed(submit: Submit, request: Embed) -> tuple[list[array[float]], Ca
     )
 
 
-def floats(vector: bytes) -> array[float]:
-    """The numbers of a vector as it crosses the wire. Raises ``ValueError`` for half of one."""
-    numbers = array("f", vector)
+def checked(packed: bytes, dimensions: int, query: str | None) -> array[float]:
+    """The numbers of a vector. Raise ``CanaryFailed`` for one that no working model makes."""
+    if len(packed) != 4 * dimensions:
+        raise CanaryFailed(f"a vector of {len(packed) // 4} numbers instead of {dimensions}")
+    vector = array("f", packed)
     if sys.byteorder != "little":
-        numbers.byteswap()
-    return numbers
+        vector.byteswap()
+    if not all(map(math.isfinite, vector)):
+        raise CanaryFailed("a vector with numbers that are not finite")
+    if query is not None:
+        if not 0 <= vector[0] <= 1:
+            raise CanaryFailed(f"a score of {vector[0]}, which is not from 0 to 1")
+    elif not any(vector):
+        raise CanaryFailed("a vector of nothing but zeros")
+    elif abs(math.hypot(*vector) - 1) > TOLERANCE:
+        raise CanaryFailed(f"a vector of length {math.hypot(*vector):.3f} instead of 1")
+    return vector
 
 
 def digest(vectors: Sequence[array[float]]) -> str:
@@ -114,20 +128,9 @@ def digest(vectors: Sequence[array[float]]) -> str:
     return hashlib.sha256(said).hexdigest()
 
 
-def check_vectors(vectors: Sequence[array[float]], dimensions: int, kind: ModelKind) -> None:
-    """Raise ``CanaryFailed`` for vectors that no working model makes of two texts."""
-    for vector in vectors:
-        if len(vector) != dimensions:
-            raise CanaryFailed(f"a vector of {len(vector)} numbers instead of {dimensions}")
-        if not all(map(math.isfinite, vector)):
-            raise CanaryFailed("a vector with numbers that are not finite")
-        if kind is ModelKind.RERANK:
-            if not 0 <= vector[0] <= 1:
-                raise CanaryFailed(f"a score of {vector[0]}, which is not from 0 to 1")
-        elif not any(vector):
-            raise CanaryFailed("a vector of nothing but zeros")
-        elif abs(math.hypot(*vector) - 1) > TOLERANCE:
-            raise CanaryFailed(f"a vector of length {math.hypot(*vector):.3f} instead of 1")
+def check_apart(vectors: Sequence[array[float]], kind: ModelKind) -> None:
+    """Raise ``CanaryFailed`` if two texts have the same vector."""
+    # Scores of both may be next to nothing.
     least = LEAST_DIFFERENCE if kind is ModelKind.EMBED else 0.0
     if _difference(vectors[0], vectors[1]) <= least:
         raise CanaryFailed("the same for two different texts")

@@ -200,7 +200,12 @@ def test_requests_share_batches(server: Server) -> None:
 
 
 def test_ranks_are_in_order_and_independent(server: Server) -> None:
-    documents = ["paris is the capital of france", {"text": "the lazy dog"}, "blue sea", ""]
+    documents: list[Any] = [
+        "paris is the capital of france",
+        {"text": "the lazy dog"},
+        "blue sea",
+        "",
+    ]
     body = {"model": "rank", "query": "what is the capital of france", "documents": documents}
     answer = server.http.post("/v1/rerank", json=body).json()
     scores = {each["index"]: each["relevance_score"] for each in answer["results"]}
@@ -247,7 +252,7 @@ def test_a_query_decides_the_ranks(server: Server) -> None:
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_another_kind_of_model_says_what_it_is(
-    server: Server, path: str, model: str, body: dict[str, object], stream: bool
+    server: Server, path: str, model: str, body: dict[str, Any], stream: bool
 ) -> None:
     error = refused(server, path, model=model, stream=stream, **body)
     assert (error["code"], error["param"]) == ("invalid_value", "model")

@@ -47,7 +47,7 @@ def write_tiny_gguf(
     chat_template: str | None = CHAT_TEMPLATE,
     extra_embedding_rows: int = 0,
     flaw: Flaw = "none",
-    pooling: Literal["mean", "last", "rank"] | None = None,
+    pooling: Literal["mean", "last"] | None = None,
 ) -> Path:
     """Write a GGUF with llama's tensors to `path`, and return it.
 

@@ -68,13 +68,20 @@ to_worker = st.one_of(
     generates,
     st.builds(m.Tokenize, ids, generates, st.booleans(), st.booleans()),
     st.builds(m.Detokenize, ids, st.lists(ids), text, st.sampled_from(m.Priority)),
+    st.builds(
+        m.Embed,
+        ids,
+        st.lists(text | st.lists(ids), max_size=4),
+        st.none() | text,
+        st.none() | ids,
+    ),
     st.builds(m.Cancel, request_id=ids),
     st.just(m.Shutdown()),
 )
 from_worker = st.one_of(
     st.builds(m.Hello, ids, text, ids, ids, text, text),
     st.builds(m.LoadProgress, floats),
-    st.builds(m.Loaded, text, ids, ids, ids, st.booleans(), ids),
+    st.builds(m.Loaded, text, ids, ids, ids, st.booleans(), ids, st.sampled_from(m.ModelKind)),
     st.builds(m.LoadFailed, st.sampled_from(ErrorCode), text),
     st.builds(m.Accepted, ids, ids),
     st.builds(m.Rejected, ids, st.sampled_from(ErrorCode), text, st.none() | text),
@@ -93,6 +100,7 @@ from_worker = st.one_of(
     ),
     st.builds(m.Tokenized, ids, ids, st.lists(ids)),
     st.builds(m.Detokenized, ids, text),
+    st.builds(m.Embedded, ids, st.lists(st.binary()), st.booleans()),
     st.builds(m.Beat, st.sampled_from(m.Phase), ids, ids),
     st.builds(m.BackendFault, text),
 )

@@ -11,6 +11,8 @@ from protocol.messages import (
     Delta,
     Detokenize,
     Detokenized,
+    Embed,
+    Embedded,
     FinishReason,
     Generate,
     Inquiry,
@@ -43,7 +45,7 @@ class Worker:
 
     def request_id(self, index: int = -1) -> int:
         message = self.sent[index]
-        assert isinstance(message, Generate | Tokenize | Detokenize)
+        assert isinstance(message, Generate | Embed | Tokenize | Detokenize)
         return message.request_id
 
 
@@ -432,3 +434,47 @@ async def test_inquiries_are_bounded() -> None:
     table.connect(Worker(Delivery.BLOCKED))
     with pytest.raises(CodedError, match="does not take any more"):
         await table.ask(TOKENIZE)
+
+
+# --- vectors ------------------------------------------------------------------
+
+
+async def test_vectors_are_handed_over_whole(table: RequestTable) -> None:
+    worker = Worker()
+    table.connect(worker)
+    stream = table.open(Embed(0, ["a", "b", "c"]), streaming=False)
+    number = worker.request_id()
+    table.accept(Accepted(number, 6))
+    table.start(Started(number, 0))
+    table.embed(Embedded(number, [b"1", b"2"], last=False))
+    assert not stream.ended
+    table.embed(Embedded(number, [b"3"], last=True))
+    await stream.collect()
+    assert stream.vectors == [b"1", b"2", b"3"]
+    assert stream.prompt_tokens == 6
+    assert len(table) == 0
+
+
+async def test_vectors_are_computed_again_after_a_crash(table: RequestTable) -> None:
+    worker, second = Worker(), Worker()
+    table.connect(worker)
+    stream = table.open(Embed(0, ["a", "b"]), streaming=False)
+    table.embed(Embedded(worker.request_id(), [b"lost"], last=False))
+    table.disconnect()
+    table.park(CRASHED)
+    table.connect(second)
+    table.resume()
+    assert second.sent == worker.sent
+    table.embed(Embedded(second.request_id(), [b"1", b"2"], last=True))
+    await stream.collect()
+    assert stream.vectors == [b"1", b"2"]
+
+
+async def test_vectors_of_an_abandoned_request_are_dropped(table: RequestTable) -> None:
+    worker = Worker()
+    table.connect(worker)
+    stream = table.open(Embed(0, ["a"]), streaming=False)
+    stream.close()
+    assert worker.sent[-1] == Cancel(worker.request_id(0))
+    table.embed(Embedded(worker.request_id(0), [b"1"], last=True))
+    assert not stream.vectors
