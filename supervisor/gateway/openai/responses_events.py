@@ -15,6 +15,7 @@ from protocol.chat import Extras
 from protocol.errors import CodedError
 from protocol.messages import FinishReason
 from supervisor.gateway.errors import error_object
+from supervisor.gateway.openai.logprobs import ContentLogprob
 from supervisor.gateway.openai.responses_answers import Response, failed, finished
 from supervisor.gateway.openai.responses_items import (
     FunctionCall,
@@ -44,7 +45,7 @@ class ResponseEvents:
         # Of the item that is open: what its events have in common.
         self._where = b""
         self._delta = b""
-        self._logprobs = False
+        self._after = b""
 
     def first(self, streams: Sequence[RequestStream]) -> bytes:
         return self._response_event("response.created") + self._response_event(
@@ -52,6 +53,8 @@ class ResponseEvents:
         )
 
     def piece(self, index: int, text: str, extras: Extras | None) -> bytes:
+        if extras is None and self._builder.goes_on(text):
+            return self._grown(text, ())
         return self._tell(self._builder.feed(text, extras))
 
     def last(self, index: int, finish: FinishReason, stream: RequestStream) -> bytes:
@@ -80,21 +83,24 @@ class ResponseEvents:
     def _change(self, change: Change) -> bytes:
         match change:
             case Grew():
-                # The one that comes with every token.
-                number = b"%d" % self._number
-                self._number += 1
-                data = self._delta + encode_json(change.text)
-                if self._logprobs:
-                    data += b',"logprobs":' + encode_json(change.logprobs)
-                return data + b',"sequence_number":' + number + b"}\n\n"
+                return self._grown(change.text, change.logprobs)
             case Opened():
                 return self._opened(change.place, change.item)
             case Closed():
                 return self._closed(change.place, change.item)
 
+    def _grown(self, text: str, logprobs: Sequence[ContentLogprob]) -> bytes:
+        number, self._number = self._number, self._number + 1
+        if logprobs:
+            after = b',"logprobs":%s,"sequence_number":%d}\n\n' % (encode_json(logprobs), number)
+        else:
+            after = self._after % number
+        return self._delta + encode_json(text) + after
+
     def _opened(self, place: int, item: OutputItem) -> bytes:
         kind, part = _kind(item)
-        self._logprobs = isinstance(item, Message)
+        logprobs = b',"logprobs":[]' if isinstance(item, Message) else b""
+        self._after = logprobs + b',"sequence_number":%d}\n\n'
         self._where = b'"item_id":%s,"output_index":%d,' % (encode_json(item.id), place)
         if part is not None:
             self._where += b'"content_index":0,'

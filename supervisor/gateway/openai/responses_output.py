@@ -69,6 +69,16 @@ class OutputBuilder:
         self._calls = 0
         self._changes: list[Change] = []
 
+    def goes_on(self, text: str) -> bool:
+        """Take the next text of the message that is open; False: there is more to do.
+
+        What most tokens bring, so they shall not cost more than this.
+        """
+        if type(self._open) is not Message or self._pending or not text:
+            return False
+        self._texts.append(text)
+        return True
+
     def feed(self, text: str, extras: Extras | None) -> list[Change]:
         """What came at once has no order of its own, but what is open goes on first."""
         extras = extras or _NOTHING
