@@ -109,6 +109,8 @@ def test_home_flag(home: Path, tmp_path: Path) -> None:
         ("admin_key = ''", "admin_key"),
         ("api_key = 'a b'", "api_key"),
         ("sse_keepalive_s = 0", "sse_keepalive_s"),
+        ("response_store_max = -1", "response_store_max"),
+        ("response_store_max_bytes = -1", "response_store_max_bytes"),
         ("sse_keepalive_s = inf", "sse_keepalive_s"),
         ("load_stall_s = nan", "load_stall_s"),
         ("failure_threshold = 0", "failure_threshold"),
