@@ -12,6 +12,7 @@ from typing import Any
 
 import anthropic
 import httpx
+import pydantic
 import pytest
 
 from tests.support.server import Server, polls, serve, write_script
@@ -61,6 +62,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     ]
     write_script(folder, "agent", tokens=agent, chat_template=TEMPLATE)
     write_script(folder, "talker", tokens=["one", " two", " three", " four"])
+    write_script(folder, "clerk", tokens=['{"city": ', '"Paris", ', '"days": 2}'])
     write_script(folder, "slow", tokens=COUNTING, repeat=True, step_delay_s=0.05)
     with serve(
         tmp_path_factory.mktemp("home"),
@@ -68,7 +70,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         OPTA_LMX_MAX_QUEUE="2",
         OPTA_LMX_API_KEY="secret",
     ) as server:
-        for model in ("agent", "talker", "slow"):
+        for model in ("agent", "talker", "clerk", "slow"):
             assert server.load(model).status_code == 200
         yield server
 
@@ -229,6 +231,16 @@ def test_one_call_or_none(client: anthropic.Anthropic, choice: dict[str, Any]) -
     calls = [block for block in message.content if block.type == "tool_use"]
     assert len(calls) == (1 if parallel else 0)
     assert message.stop_reason == ("tool_use" if parallel else "end_turn")
+
+
+class Trip(pydantic.BaseModel):
+    city: str
+    days: int
+
+
+def test_the_parse_helper_gets_its_model(client: anthropic.Anthropic) -> None:
+    message = client.messages.parse(model="clerk", max_tokens=50, messages=HI, output_format=Trip)
+    assert message.parsed_output == Trip(city="Paris", days=2)
 
 
 # --- how answers end --------------------------------------------------------------
