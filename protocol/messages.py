@@ -83,7 +83,8 @@ class Load(Message, frozen=True):
     backend. ``prompt_cache_bytes`` bounds the KV cache kept of ended requests for
     later ones that begin alike (0: none is kept, None: the backend's default).
     ``draft_tokens`` is how many tokens are guessed ahead at most, by backends that can
-    (0: none); what is sampled is the same. ``tool_format`` names how the model writes
+    (0: none); what is sampled is the same. ``draft_path`` is a smaller model that guesses,
+    for backends that can use one. ``tool_format`` names how the model writes
     tool calls, where its chat template does not tell (None: it does).
     """
 
@@ -93,6 +94,7 @@ class Load(Message, frozen=True):
     threads: int | None = None
     prompt_cache_bytes: int | None = None
     draft_tokens: int = 0
+    draft_path: str | None = None
     tool_format: str | None = None
 
 

@@ -321,6 +321,9 @@ class Fleet:
         if spec.path is not None or Path(spec.model_id).is_absolute():
             path = await self._gate.locate(spec)
             wanted["path"] = (str(path), str(running.files.path))
+        if spec.draft_model is not None:
+            draft = await self._gate.find_draft(spec.draft_model)
+            wanted["draft_model"] = (str(draft), str(running.draft_path))
         for name, (asked, used) in wanted.items():
             if asked is not None and asked != used:
                 raise CodedError(

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from protocol.errors import UNCOUNTED_LOAD_FAILURES, CodedError
+from protocol.errors import UNCOUNTED_LOAD_FAILURES, CodedError, ErrorCode
 from supervisor import admission, compatibility, modelfiles
 from supervisor.accounts import AccountKey
 from supervisor.admission import BlockRule
@@ -32,6 +32,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_sec: int | None = None
     context_length: int | None = None
     tool_format: str | None = None
+    draft_model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class ModelSpec:
     keep_alive_sec: int | None
     memory_limit_bytes: int | None
     tool_format: str | None = None
+    draft_path: Path | None = None
 
     @property
     def account_key(self) -> AccountKey:
@@ -128,7 +130,23 @@ class Gate:
                 configured.memory_limit_bytes or self._settings.worker_memory_limit_bytes
             ),
             tool_format=spec.tool_format or configured.tool_format,
+            draft_path=await self.find_draft(spec.draft_model or configured.draft_model),
         )
+
+    async def find_draft(self, wanted: str | None) -> Path | None:
+        """Where a draft model is: at a path, or in the models folder."""
+        if wanted is None:
+            return None
+        path = _absolute(wanted)
+        if await asyncio.to_thread(modelfiles.exists, path):
+            return path
+        folder = self._settings.effective_models_dir
+        try:
+            return await asyncio.to_thread(modelfiles.find, wanted, folder)
+        except CodedError as refusal:
+            raise CodedError(
+                ErrorCode.INVALID_VALUE, f"draft model: {refusal}", param="draft_model"
+            ) from refusal
 
     def _record(
         self,

@@ -268,6 +268,7 @@ class Generation:
             self._post(LoadRefused(self.number, ErrorCode.MODEL_CONFLICT, reason))
             return
         self._watchdog.enter(Phase.LOAD, time.monotonic())
+        draft = self._spec.draft_path
         self.send(
             Load(
                 path=str(self._spec.files.path),
@@ -276,6 +277,7 @@ class Generation:
                 threads=self._settings.threads,
                 prompt_cache_bytes=self._settings.prompt_cache_bytes,
                 draft_tokens=self._settings.draft_tokens,
+                draft_path=None if draft is None else str(draft),
                 tool_format=self._spec.tool_format,
             )
         )

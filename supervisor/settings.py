@@ -18,6 +18,8 @@ class ModelSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_limit_bytes: int | None = None
     #: How it writes tool calls, where its chat template does not tell; see docs/api.md.
     tool_format: str | None = None
+    #: A small model with the same vocabulary that guesses tokens ahead (mlx only).
+    draft_model: str | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,7 +54,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: 0: none, None: the backend's default.
     prompt_cache_bytes: int | None = None
     #: Tokens guessed ahead at most while a request has its model for itself, and
-    #: checked in one step (llama only); 0: none. The answer is the same.
+    #: checked in one step; 0: none on llama, 3 by an mlx model's draft model. The
+    #: answer is the same.
     draft_tokens: int = 0
     threads: int | None = None
     context_length: int | None = None

@@ -140,6 +140,8 @@ def test_an_unload_answers_a_load_that_waits(server: Server, models_dir: Path) -
         ("tiny", {"context_length": 10_000_000}, (400, "invalid_value")),
         ("tiny", {"context_length": -1}, (400, "invalid_value")),
         ("tiny", {"context_length": "long"}, (400, "invalid_type")),
+        ("tiny", {"draft_model": "absent"}, (400, "invalid_value")),
+        ("tiny", {"draft_model": "tiny"}, (400, "unsupported_parameter")),
         ("tiny", {"wait": 1}, (400, "invalid_type")),
     ],
 )
@@ -158,6 +160,7 @@ def test_loads_that_cannot_be(
     [
         ({"context_length": 128}, "context_length"),
         ({"backend": "mlx"}, "backend"),
+        ({"draft_model": "tiny"}, "draft_model"),
         ({"path": "/nowhere/else.gguf"}, "path"),
     ],
 )

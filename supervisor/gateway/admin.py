@@ -45,6 +45,7 @@ class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     keep_alive_sec: Annotated[int, Meta(ge=0)] | None = None
     context_length: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     tool_format: _Name | None = None
+    draft_model: _Name | None = None
     wait: bool | None = None
 
 
@@ -71,6 +72,7 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
         keep_alive_sec=request.keep_alive_sec,
         context_length=request.context_length,
         tool_format=request.tool_format,
+        draft_model=request.draft_model,
     )
     if request.wait is not False:
         result = await gateway.fleet.load(spec)

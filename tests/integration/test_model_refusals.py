@@ -99,6 +99,11 @@ def test_gguf_path_must_be_a_file(tmp_path: Path) -> None:
     assert refusal("llama", tmp_path).code == ErrorCode.MODEL_UNSUPPORTED_BACKEND
 
 
+def test_gguf_models_have_no_draft_model(tiny_gguf: Path) -> None:
+    error = refusal("llama", tiny_gguf, draft_path=str(tiny_gguf))
+    assert (error.code, error.param) == (ErrorCode.UNSUPPORTED_PARAMETER, "draft_model")
+
+
 @pytest.mark.parametrize("max_sequences", [0, 257])
 def test_gguf_sequences_are_bounded(tiny_gguf: Path, max_sequences: int) -> None:
     refused = refusal("llama", tiny_gguf, max_sequences=max_sequences)

@@ -74,6 +74,12 @@ class LlamaBackend:
                 f"llama.cpp runs 1 to {MAX_SEQUENCES} sequences at once",
                 param="max_sequences",
             )
+        if options.draft_path is not None:
+            raise LoadRefused(
+                ErrorCode.UNSUPPORTED_PARAMETER,
+                "llama.cpp models cannot use a draft model here; draft_tokens guesses without one",
+                param="draft_model",
+            )
         LOG.start()
         llama_cpp.llama_backend_init()
         model = load_model(path, report)

@@ -7,7 +7,7 @@ per thread.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from worker.backends.base import (
     TokenTable,
 )
 from worker.backends.mlx_batch import SequenceBatch
+from worker.backends.mlx_draft import DEFAULT_DRAFT_TOKENS, DraftModel
 from worker.backends.mlx_files import check_model_directory, trained_context_length, vocab_size
-from worker.backends.mlx_prompts import default_bytes
+from worker.backends.mlx_prompts import can_always_trim, default_bytes
 from worker.backends.mlx_tokenizer import Tokenizer
 from worker.chat.conversation import Conversation
 
@@ -65,7 +66,12 @@ class MlxBackend:
             rows = vocab_size(config) or _embedding_rows(model)
             self._tokenizer = Tokenizer(path, rows, config.get("eos_token_id"))
             _check_batching(model, config)
-            weights_bytes = _read_weights(model, report)
+            draft = None
+            models = [model]
+            if options.draft_path is not None:
+                draft = self._load_draft(Path(options.draft_path), model, rows, context_length)
+                models.append(draft.model)
+            weights_bytes = _read_weights(models, report)
         except LoadRefused:
             raise
         except Exception as error:
@@ -78,6 +84,8 @@ class MlxBackend:
             context_length=context_length,
             max_sequences=options.max_sequences,
             prompt_cache_bytes=default_bytes() if kept is None else kept,
+            draft=draft,
+            draft_tokens=options.draft_tokens or DEFAULT_DRAFT_TOKENS,
         )
         return Loaded(
             architecture=config["model_type"],
@@ -136,6 +144,22 @@ class MlxBackend:
             atexit.unregister(mx.clear_streams)
             atexit.register(mx.clear_streams)
 
+    def _load_draft(self, path: Path, model: Any, rows: int, context_length: int) -> DraftModel:
+        """A model that guesses for ``model``. Raises ``LoadRefused`` if it cannot."""
+        try:
+            config = check_model_directory(path)
+            draft, config = load_model(path, lazy=True, get_model_classes=_model_classes)
+            draft_rows = vocab_size(config) or _embedding_rows(draft)
+            tokenizer = Tokenizer(path, draft_rows, config.get("eos_token_id"))
+        except Exception as error:
+            raise _no_draft(f"{error}") from error
+        if not self._tokenizer.has_same_tokens(tokenizer):
+            raise _no_draft(f"{path.name} has another vocabulary than the model")
+        for each, whose in ((model, "the model"), (draft, path.name)):
+            if not can_always_trim(each, context_length):
+                raise _no_draft(f"the KV cache of {whose} cannot be cut back after a wrong guess")
+        return DraftModel(draft, draft_rows, rows)
+
 
 def _model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """mlx-lm's classes for a config. Raises ``LoadRefused`` if it has none."""
@@ -183,9 +207,11 @@ def _check_batching(model: Any, config: dict[str, Any]) -> None:
             )
 
 
-def _read_weights(model: Any, report: ReportProgress) -> int:
+def _read_weights(models: Sequence[Any], report: ReportProgress) -> int:
     """Bring the lazily loaded weights into memory; return their size in bytes."""
-    parameters: list[Any] = [entry[1] for entry in tree_flatten(model.parameters())]
+    parameters: list[Any] = [
+        entry[1] for model in models for entry in tree_flatten(model.parameters())
+    ]
     total: int = sum(array.nbytes for array in parameters)
     done = 0
     for array in parameters:
@@ -193,6 +219,11 @@ def _read_weights(model: Any, report: ReportProgress) -> int:
         done += array.nbytes
         report(done / max(total, 1))
     return total
+
+
+def _no_draft(reason: str) -> LoadRefused:
+    # Not with a code that says something about the model itself.
+    return LoadRefused(ErrorCode.INVALID_VALUE, f"draft model: {reason}", param="draft_model")
 
 
 def _refusal(path: Path, error: Exception) -> LoadRefused:

@@ -5,6 +5,9 @@ one or with one that runs. If it would soon have more in common with one whose p
 is just being computed, it waits for that: prompts that arrive together compute what
 they share once.
 
+With a draft model, a sequence that is alone leaves the generator: see ``mlx_draft``. It
+comes back as soon as another one is there.
+
 The generator works one step ahead: the tokens of a step were sampled by the previous
 one, while the GPU already computes the next. A sequence's KV cache holds its prompt
 and all tokens that it has returned, the last one included.
@@ -14,14 +17,16 @@ from __future__ import annotations
 
 import time
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import trim_prompt_cache
 
 from worker.backends.base import SequenceSpec, StepToken
+from worker.backends.mlx_draft import DraftModel, Speculation, can_guess_for
 from worker.backends.mlx_prompts import (
     KVCaches,
     PromptCache,
@@ -31,6 +36,7 @@ from worker.backends.mlx_prompts import (
     common_length,
 )
 from worker.backends.mlx_sampling import (
+    LogitsProcessor,
     LogprobsTap,
     create_logits_processors,
     create_sampler,
@@ -56,7 +62,11 @@ class _Sequence:
     computed: int = 0  # tokens of the prompt in the KV cache, with those found
     stops: list[int] = field(default_factory=list)  # where a snapshot will be taken
     logprobs: LogprobsTap | None = None
-    begun: bool = False  # has a token
+    answer: Tokens = field(default_factory=lambda: array("i"))  # the tokens told so far
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.answer)
 
 
 class SequenceBatch:
@@ -71,7 +81,10 @@ class SequenceBatch:
         context_length: int,
         max_sequences: int,
         prompt_cache_bytes: int,
+        draft: DraftModel | None = None,
+        draft_tokens: int = 0,
     ) -> None:
+        self._model = model
         self._end_tokens = end_tokens
         self._vocab_size = vocab_size
         self._context_length = context_length
@@ -79,6 +92,9 @@ class SequenceBatch:
         self._trims = can_always_trim(model, context_length)
         self._waiting: dict[int, _Sequence] = {}  # by sequence id
         self._running: dict[int, _Sequence] = {}  # by the generator's uid
+        self._draft = draft
+        self._draft_tokens = draft_tokens
+        self._alone: Speculation | None = None  # the only one that runs, out of the generator
         self._pace = PrefillPace()
         self.prefilled = 0  # see base.Backend
         self._generator: Any = BatchGenerator(
@@ -94,7 +110,10 @@ class SequenceBatch:
         self._waiting[spec.sequence_id] = _Sequence(spec, array("i", spec.prompt))
 
     def step(self) -> list[StepToken]:
+        if self._alone is not None and not self._waiting:
+            return self._speculate(self._alone)
         if self._waiting:
+            self._come_back()
             self._place_waiting()
         if not self._running:
             return []
@@ -105,7 +124,10 @@ class SequenceBatch:
             self._count(response.uid, response.progress[0])
         if prompts:
             self._pace.measured(self.prefilled - before, time.perf_counter() - begun)
-        return [self._sampled(response) for response in responses]
+        sampled = [self._sampled(response) for response in responses]
+        if self._draft is not None:
+            self._leave(self._draft)
+        return sampled
 
     def cancel(self, sequence_id: int) -> None:
         if self._waiting.pop(sequence_id, None) is not None:
@@ -115,6 +137,7 @@ class SequenceBatch:
                 if self._kept is not None:
                     self._kept.keep(self._snapshot(uid))
                 self._generator.remove([uid])
+                self._alone = None
                 del self._running[uid]
                 return
 
@@ -166,15 +189,27 @@ class SequenceBatch:
         if spec.top_logprobs is not None:
             sequence.logprobs = LogprobsTap(spec.top_logprobs)
             processors.insert(0, sequence.logprobs)
+        segments = [prompt[start:end] for start, end in pairwise(cuts)]
+        uid = self._insert(spec, segments, prompt[:found], caches, processors)
+        self._running[uid] = sequence
+
+    def _insert(
+        self,
+        spec: SequenceSpec,
+        segments: list[list[int]],
+        known: list[int],
+        caches: KVCaches | None,
+        processors: list[LogitsProcessor],
+    ) -> int:
         (uid,) = self._generator.insert_segments(
-            [[prompt[start:end] for start, end in pairwise(cuts)]],
+            [segments],
             max_tokens=[spec.max_tokens],
             caches=[caches],
-            all_tokens=[prompt[:found]],
+            all_tokens=[known],
             samplers=[create_sampler(spec, self._vocab_size)],
             logits_processors=[processors],
         )
-        self._running[uid] = sequence
+        return int(uid)
 
     def _stops(self, sequence: _Sequence, found: int) -> list[int]:
         """Where to take snapshots of a prompt whose cache cannot be cut back later.
@@ -199,11 +234,63 @@ class SequenceBatch:
             return min(PREFILL_CHUNK, fitting)
         return min(SHARED_PREFILL // together, fitting)
 
+    # --- beside it ----------------------------------------------------------------
+
+    def _leave(self, draft: DraftModel) -> None:
+        """Let a sequence that is alone go on with guesses, once the draft model knows it."""
+        if self._waiting or len(self._running) != 1:
+            return
+        ((uid, sequence),) = self._running.items()
+        spec, made = sequence.spec, len(sequence.answer)
+        if not (made and spec.max_tokens - made > 1 and can_guess_for(spec)):
+            return
+        tokens = sequence.prompt + sequence.answer
+        with mx.stream(self._generator.stream):
+            if not draft.catch_up(tokens):
+                return
+            caches, _ = self._generator.extract_cache([uid])[uid]
+            # The token sampled ahead is sampled again: it may be guessed as well.
+            trim_prompt_cache(caches, 1)
+            mx.eval([cache.state for cache in caches])
+        self._generator.remove([uid])
+        processors = create_logits_processors(spec, self._end_tokens, self._context_length)
+        self._alone = Speculation(
+            self._model, spec, tokens, made, caches, processors, self._vocab_size
+        )
+
+    def _come_back(self) -> None:
+        """Let the sequence that was alone go on in the generator."""
+        alone, self._alone = self._alone, None
+        if alone is None:
+            return
+        (sequence,) = self._running.values()
+        spec = replace(sequence.spec, max_tokens=alone.remaining, sampled=alone.position)
+        *known, last = alone.tokens.tolist()
+        processors = create_logits_processors(spec, self._end_tokens, self._context_length)
+        uid = self._insert(spec, [[last]], known, alone.caches, processors)
+        self._running = {uid: sequence}
+
+    def _speculate(self, alone: Speculation) -> list[StepToken]:
+        assert self._draft is not None
+        (sequence,) = self._running.values()
+        with mx.stream(self._generator.stream):
+            tokens = alone.step(self._draft, self._draft_tokens, self._end_tokens)
+        sequence.answer.extend(tokens)
+        if not alone.remaining or tokens[-1] in self._end_tokens:
+            self._alone = None
+            self._running.clear()
+            if self._kept is not None:
+                self._kept.keep(alone.snapshot())
+        number = sequence.spec.sequence_id
+        return [StepToken(number, token, token in self._end_tokens) for token in tokens]
+
     # --- out of it ----------------------------------------------------------------
 
     def _count(self, uid: int, computed: int) -> None:
         """``computed`` tokens of the part of the prompt that was not found are in the cache."""
         sequence = self._running[uid]
+        if sequence.begun:
+            return  # it has come back
         self.prefilled += sequence.cached + computed - sequence.computed
         sequence.computed = sequence.cached + computed
         if self._kept is not None and sequence.computed in sequence.stops:
@@ -220,7 +307,7 @@ class SequenceBatch:
             0 if sequence.begun else sequence.cached,
             None if sequence.logprobs is None else sequence.logprobs.take(token),
         )
-        sequence.begun = True
+        sequence.answer.append(token)
         if response.finish_reason is not None:
             del self._running[uid]
             if self._kept is not None:
@@ -228,6 +315,8 @@ class SequenceBatch:
         return sampled
 
     def _snapshot(self, uid: int) -> Snapshot:
+        if self._alone is not None:
+            return self._alone.snapshot()
         with mx.stream(self._generator.stream):
             caches, tokens = self._generator.extract_cache([uid])[uid]
         return Snapshot.of(tokens, caches)

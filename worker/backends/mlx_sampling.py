@@ -27,6 +27,8 @@ from worker.backends.mlx_mask import MaskProcessor
 
 #: Log probabilities of one step, (1, vocabulary), to the token sampled.
 Sampler = Callable[[mx.array], mx.array]
+#: The same, for any position of the answer.
+Draw = Callable[[mx.array, int], mx.array]
 #: Tokens so far (prompt and answer) and logits to changed logits.
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
@@ -34,28 +36,39 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 _SMALLEST_TOP_P = 1e-6
 
 
-def create_sampler(spec: SequenceSpec, vocab_size: int) -> Sampler:
-    """A sampler for one sequence, called once per token in order.
-
-    Each draw is keyed by seed and position alone. Greedy sequences share one
-    function: the generator then samples them in one call.
-    """
+def create_draw(spec: SequenceSpec, vocab_size: int) -> Draw:
+    """How one sequence draws: each draw is keyed by seed and position alone."""
     sampling = spec.sampling
     if sampling.temperature < LOWEST_TEMPERATURE:
-        return greedy_sampler
+        return lambda logprobs, _position: greedy_sampler(logprobs)
     filters = _filters(sampling, vocab_size)
     scale = 1.0 / sampling.temperature
     seed = random.getrandbits(64) if sampling.seed is None else sampling.seed
-    position = spec.sampled
 
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal position
+    def draw(logprobs: mx.array, position: int) -> mx.array:
         logprobs = logprobs.astype(mx.float32)
         for apply in filters:
             logprobs = apply(logprobs)
         key = mx.random.key(position_seed(seed, position))
-        position += 1
         return mx.random.categorical(logprobs * scale, key=key)
+
+    return draw
+
+
+def create_sampler(spec: SequenceSpec, vocab_size: int) -> Sampler:
+    """A sampler for one sequence, called once per token in order.
+
+    Greedy sequences share one function: the generator then samples them in one call.
+    """
+    if spec.sampling.temperature < LOWEST_TEMPERATURE:
+        return greedy_sampler
+    draw = create_draw(spec, vocab_size)
+    position = spec.sampled
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal position
+        position += 1
+        return draw(logprobs, position - 1)
 
     return sample
 

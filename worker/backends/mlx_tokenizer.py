@@ -56,6 +56,11 @@ class Tokenizer:
             token for token in self._wrapper.eos_token_ids if 0 <= token < size
         )
 
+    def has_same_tokens(self, other: Tokenizer) -> bool:
+        """Whether both give each text of their vocabularies the same id."""
+        same: bool = self._wrapper.get_vocab() == other._wrapper.get_vocab()
+        return same
+
     def render_chat(self, conversation: Conversation) -> str:
         """Render the chat template up to the answer. Raises ``PromptRefused``."""
         if self._template is not None:

@@ -10,7 +10,7 @@ from supervisor.compatibility import Record
 from supervisor.gate import Gate, LoadSpec
 from supervisor.registry import Registry
 from supervisor.runtimes import SIMULATED_VERSION
-from supervisor.settings import Settings
+from supervisor.settings import ModelSetting, Settings
 
 
 class Scene:
@@ -89,4 +89,35 @@ async def test_asking_again_adds_no_second_record(tmp_path: Path) -> None:
 async def test_what_is_nowhere_is_not_on_record(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     assert await scene.refused("nowhere") is ErrorCode.MODEL_NOT_FOUND
+    assert not scene.registry.records
+
+
+async def test_a_draft_model_is_a_path_or_in_the_models_folder(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    for name in ("large", "small"):
+        (scene.models / f"{name}.sim.json").write_text("{}")
+    small = scene.models / "small.sim.json"
+    for wanted in ("small", str(small)):
+        model = await scene.gate.admit(LoadSpec(model_id="large", draft_model=wanted))
+        assert model.draft_path == small
+    assert (await scene.gate.admit(LoadSpec(model_id="large"))).draft_path is None
+
+
+async def test_a_draft_model_of_the_settings(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    for name in ("large", "small"):
+        (scene.models / f"{name}.sim.json").write_text("{}")
+    models = (ModelSetting(path="large", draft_model="small"),)
+    settings = Settings(home=tmp_path, enable_simulated=True, models=models)
+    gate = Gate(settings, scene.registry, ())
+    model = await gate.admit(LoadSpec(model_id="large"))
+    assert model.draft_path == scene.models / "small.sim.json"
+
+
+async def test_a_draft_model_that_is_nowhere_is_no_verdict_on_the_model(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    (scene.models / "large.sim.json").write_text("{}")
+    with pytest.raises(CodedError, match="draft model") as raised:
+        await scene.gate.admit(LoadSpec(model_id="large", draft_model="nowhere"))
+    assert (raised.value.code, raised.value.param) == (ErrorCode.INVALID_VALUE, "draft_model")
     assert not scene.registry.records

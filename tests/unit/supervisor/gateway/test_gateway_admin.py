@@ -70,6 +70,8 @@ async def test_every_field_reaches_the_fleet(client: httpx.AsyncClient, fleet: F
         "auto_download": False,
         "keep_alive_sec": 60,
         "context_length": 4096,
+        "tool_format": "hermes",
+        "draft_model": "small",
         "wait": None,
     }
     assert (await client.post(LOAD, json=request)).status_code == 200
@@ -81,6 +83,8 @@ async def test_every_field_reaches_the_fleet(client: httpx.AsyncClient, fleet: F
             allow_unsupported_runtime=True,
             keep_alive_sec=60,
             context_length=4096,
+            tool_format="hermes",
+            draft_model="small",
         )
     ]
 
