@@ -133,7 +133,8 @@ def assert_as_alone(made: Tokens, alone: Backend, each: SequenceSpec) -> None:
     """``made`` is what ``each`` begins with when nothing else runs.
 
     A greedy answer may part from that where two tokens are as good as equally
-    likely: in another batch the logits differ in their last bits.
+    likely: in another batch the logits differ in their last bits, and the cells are half
+    floats: by 0.015 for one of the tiny models, without anything shared.
     """
     expected = run(alone, replace(each, max_tokens=len(made), top_logprobs=2))[each.sequence_id]
     for token, known in zip(made, expected, strict=True):
@@ -142,7 +143,7 @@ def assert_as_alone(made: Tokens, alone: Backend, each: SequenceSpec) -> None:
             assert known.logprobs is not None
             (first, best), (second, next_best) = known.logprobs.top
             assert {token, known.token} == {first, second}
-            assert best - next_best < 0.01
+            assert best - next_best < 0.04
             return
 
 
