@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -18,6 +21,8 @@ _RUSAGE_INFO_V0 = 0
 _RUSAGE_FIELDS = 12
 _PHYS_FOOTPRINT_FIELD = 9
 
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 #: A resident size that changed by more than this makes a new walk through all pages.
 _ESTIMATED_FRACTION = 0.1
@@ -38,7 +43,7 @@ class FootprintMeter:
     def measure(self, pids: Sequence[int], *, exactly: bool = False) -> dict[int, int]:
         """Bytes by pid, without those that are gone; never an estimate if ``exactly``."""
         resident = {pid: size for pid in pids if (size := self._resident(pid)) is not None}
-        self._processes = {pid: self._processes[pid] for pid in resident}
+        self._processes = {pid: p for pid, p in self._processes.items() if pid in resident}
         if exactly or not self._near_known(resident):
             # All of them: they share pages, and what one of them maps or lets go changes
             # what the others cost while their own resident sizes stay.
@@ -58,6 +63,9 @@ class FootprintMeter:
         )
 
     def _resident(self, pid: int) -> int | None:
+        if _PLATFORM == "linux":
+            pages = _read(f"/proc/{pid}/statm").split()
+            return int(pages[1]) * _PAGE_BYTES if pages else None
         try:
             process = self._processes.get(pid)
             if process is None:
@@ -86,7 +94,8 @@ def footprint_bytes(pid: int) -> int | None:
 
 def available_bytes() -> int:
     """What can be allocated without swapping: the host's, or the cgroup's if that is less."""
-    available = int(psutil.virtual_memory().available)
+    _, found, rest = _read("/proc/meminfo").partition(b"MemAvailable:")
+    available = int(rest.split()[0]) * 1024 if found else int(psutil.virtual_memory().available)
     folder = _cgroup_folder()
     limit = _read_number(folder / "memory.max")
     used = _read_number(folder / "memory.current")
@@ -111,6 +120,7 @@ def _phys_footprint(pid: int) -> int:
     return int(buffer[_PHYS_FOOTPRINT_FIELD])
 
 
+@cache
 def _cgroup_folder() -> Path:
     """The unified (v2) cgroup of this process; a folder without files where there is none."""
     root = Path("/sys/fs/cgroup")
@@ -133,8 +143,23 @@ def _page_cache(folder: Path) -> int:
 
 def _read_number(path: Path) -> int | None:
     """A cgroup file's value; None for ``max`` or where there is no such file."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
+    text = _read(path).strip()
     return int(text) if text.isdigit() else None
+
+
+def _read(path: str | Path) -> bytes:
+    """A small file of the kernel's; empty if there is none.
+
+    Every second, and often the only thing that happens: a file object costs several
+    times as much as what it reads.
+    """
+    content = b""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # The kernel hands out a page at most, however much is asked for.
+            while part := os.read(fd, 1 << 16):
+                content += part
+        finally:
+            os.close(fd)
+    return content

@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 class MemoryWatch:
     """Watches the actors in ``actors``, which its owner changes. Sizes are bytes.
 
-    Keeps ``oom_kills`` fresh. ``interval_s`` lies between two looks at least; while the
-    host has less than ``low_water`` available, the worker that grew is stopped.
+    Keeps ``oom_kills`` fresh. ``interval_s`` lies between two looks, or more if they
+    take long; while the host has less than ``low_water`` available, the worker that grew
+    is stopped.
     """
 
     def __init__(
@@ -47,8 +48,16 @@ class MemoryWatch:
                 # Without this watch the rest still works, and the next look may too.
                 log.exception("memory could not be looked at")
             # Looking at a large process takes its time: never more than a twentieth of it.
-            took = time.monotonic() - started
-            await asyncio.sleep(max(self._interval_s, 20 * took))
+            now = time.monotonic()
+            pause = max(self._until_next_s(now), 20 * (now - started))
+            await asyncio.sleep(pause)
+
+    def _until_next_s(self, now: float) -> float:
+        """To a moment at which the workers' beats wake this process up as well."""
+        interval = self._interval_s
+        pause = interval - now % interval
+        # A timer may be a hair early: that moment has been looked at.
+        return pause if pause > interval / 2 else pause + interval
 
     async def _look(self) -> None:
         workers = [(actor, actor.worker) for actor in self._actors.values()]

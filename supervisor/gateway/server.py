@@ -181,10 +181,13 @@ class Server(uvicorn.Server):
         self.exit_asked.set()
 
     async def main_loop(self) -> None:
-        # Once a second for the Date header; uvicorn's own wakes ten times as often.
+        # Once a second for the Date header; uvicorn's own wakes ten times as often. At
+        # the moments at which workers beat and are looked at: one wake-up for it all.
+        loop = asyncio.get_running_loop()
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.exit_asked.wait(), 1.0)
+                async with asyncio.timeout_at(math.floor(loop.time()) + 1.0):
+                    await self.exit_asked.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         stopping = asyncio.create_task(self._stop_fleet_after_grace())
