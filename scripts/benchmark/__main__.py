@@ -7,15 +7,16 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from demo_model import demo_model
 from rich.console import Console
 
-from benchmark import compare, machine, plot, relay, report, scale
+from benchmark import compare, machine, plot, relay, report, scale, tables
 from benchmark.contenders import Bare, Contender, OptaLmx
-from benchmark.peers import LlamaCppPython, LlamaRouter, LlamaServer, MlxServer
+from benchmark.peers import LlamaCppPython, LlamaRouter, LlamaServer, LlamaSplit, MlxServer
 from benchmark.plan import Failed
 from benchmark.summary import Samples
 from benchmark.workloads import LongPrompt, Sample, Streams, Turns, Workload
@@ -70,6 +71,7 @@ def _parse() -> argparse.Namespace:
     add("--threads", type=_positive, default=_cores(), help="(default: all cores)")
     add("--context", type=_positive, default=8192, help="tokens in all (default: 8192)")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables there, for a page")
     add("--plot", type=Path, metavar="FILE", help="write a chart there, as SVG")
     add("--replay", type=Path, metavar="FILE", help="show a --json file again, measure nothing")
     modes = parser.add_mutually_exclusive_group()
@@ -125,6 +127,7 @@ def _contenders(
     else:
         known += [
             LlamaServer(arguments.llama_server),
+            LlamaSplit(arguments.llama_server),
             LlamaRouter(arguments.llama_server),
             LlamaCppPython(arguments.peers_python, model),
         ]
@@ -154,14 +157,13 @@ def _workloads(arguments: argparse.Namespace) -> list[Workload]:
     if "turns" in chosen:
         workloads.append(Turns(1000 if arguments.quick else 2000, arguments.context))
     if "long" in chosen:
-        workloads.append(LongPrompt(2000 if arguments.quick else 4000, arguments.context))
+        words = 2000 if arguments.quick else 4000
+        workloads += [LongPrompt(words, arguments.context, streams) for streams in (1, 4)]
     return workloads
 
 
 def _publish(found: report.Results, arguments: argparse.Namespace) -> None:
-    report.show(found, _out)
-    if arguments.json:
-        report.write_json(found, arguments.json)
+    _write(report.tables(found), report.overview(found), found, arguments)
     if arguments.plot:
         told = (found.settings["model"], found.machine["processor"], found.machine["date"])
         plot.write(Samples(found.samples), " · ".join(told), arguments.plot)
@@ -170,19 +172,36 @@ def _publish(found: report.Results, arguments: argparse.Namespace) -> None:
 def _gateway(arguments: argparse.Namespace) -> None:
     tokens = 2_000 if arguments.quick else 10_000
     samples = relay.measure(arguments.repetitions, arguments.streams, tokens, _say)
-    relay.show(samples, _out)
-    if arguments.json:
-        content = {"machine": machine.describe(), "samples": samples}
-        report.write_json(content, arguments.json)
+    content = {
+        "machine": machine.describe(),
+        "samples": samples,
+        "verdicts": relay.verdicts(samples),
+    }
+    found = relay.tables(samples)
+    _write(found, found, content, arguments)
 
 
 def _scale(arguments: argparse.Namespace) -> None:
     model = (arguments.model or demo_model()).absolute()
-    steps = scale.measure(sorted(arguments.workers), _say)
-    found = scale.Scale(machine.describe(), steps, scale.measure_shared(model, _say))
-    scale.show(found, _out)
+    described = machine.describe()
+    steps = scale.measure(sorted(arguments.workers), arguments.repetitions, _say)
+    shared = scale.measure_shared(model, _say)
+    content = scale.Scale(described, steps, shared, scale.verdicts(steps))
+    found = scale.tables(content)
+    _write(found, found, content, arguments)
+
+
+def _write(
+    shown: Sequence[tables.Table],
+    page: Sequence[tables.Table],
+    content: object,
+    arguments: argparse.Namespace,
+) -> None:
+    tables.show(shown, _out)
     if arguments.json:
-        report.write_json(found, arguments.json)
+        report.write_json(content, arguments.json)
+    if arguments.markdown:
+        tables.write_markdown(page, arguments.markdown)
 
 
 def _say(text: str) -> None:

@@ -152,6 +152,7 @@ class OptaLmx:
             f"--threads={setup.threads}",
             f"--max-sequences={setup.sequences}",
             f"--context-length={setup.pool}",
+            f"--max-queue={queue_for(setup.sequences)}",
         ]
         with serve(*arguments) as server:
             server.await_model(MODEL)
@@ -159,6 +160,11 @@ class OptaLmx:
             yield HttpInstance(
                 client, server.child, server.port, gateway=[server.child.pid], workers=workers
             )
+
+
+def queue_for(requests: int) -> int:
+    """A bound of the queue that lets one client have so many requests at once."""
+    return max(64, 2 * requests)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ class LlamaServer:
     def __init__(self, binary: Path | None) -> None:
         self._binary = binary
 
+    def _memory(self, setup: Setup) -> list[str]:
+        """One KV cache for all, as here."""
+        return ["--ctx-size", str(setup.pool), "--kv-unified"]
+
     def missing(self) -> str | None:
         if self._binary is None:
             return "not measured: give its path with --llama-server"
@@ -44,10 +48,19 @@ class LlamaServer:
         """Its own defaults but for what has to be the same everywhere."""
         return [
             *(str(self._binary), "--host", "127.0.0.1", "--port", str(port), "--no-webui"),
-            *("--ctx-size", str(setup.context * setup.sequences)),
+            *self._memory(setup),
             *("--parallel", str(setup.sequences)),
             *("--threads", str(setup.threads), "--threads-batch", str(setup.threads)),
         ]
+
+
+class LlamaSplit(LlamaServer):
+    """The same with a KV cache that is divided: what it does by itself for ``--parallel``."""
+
+    name = "llama-server split"
+
+    def _memory(self, setup: Setup) -> list[str]:
+        return ["--ctx-size", str(setup.context * setup.sequences), "--no-kv-unified"]
 
 
 class LlamaRouter(LlamaServer):

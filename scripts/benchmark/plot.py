@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmark.summary import Range, Samples
+from benchmark.summary import Range, Samples, is_streams
 
 _COLOURS = {
     "bare": "#9aa0a6",
     "opta-lmx": "#d1495b",
     "llama-server": "#00798c",
+    "llama-server split": "#2e5f8a",
     "llama-server router": "#66c2c9",
     "llama_cpp.server": "#edae49",
     "mlx_lm.server": "#7a5195",
@@ -25,7 +26,7 @@ Value = Callable[[str, str], Range | None]
 
 def write(samples: Samples, subtitle: str, path: Path) -> None:
     """Tokens per second and time to the first token, by number of streams."""
-    workloads = [name for name in samples.workloads() if "stream" in name]
+    workloads = [name for name in samples.workloads() if is_streams(name)]
     contenders = [
         name for name in samples.contenders() if any(samples.of(name, w) for w in workloads)
     ]

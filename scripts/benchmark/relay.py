@@ -9,56 +9,87 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any, NamedTuple
 
 from benchmark.children import Player, running
-from benchmark.contenders import MODEL, HttpInstance, serve
+from benchmark.contenders import MODEL, HttpInstance, queue_for, serve
 from benchmark.plan import Plan, Request
 from benchmark.probes import cpu_s
-from benchmark.report import print_table
-from benchmark.summary import Range, spread
+from benchmark.summary import (
+    GATEWAY,
+    LIMIT_MANY_STREAMS,
+    LIMIT_ONE_STREAM,
+    Samples,
+    Verdict,
+    judge,
+    spread,
+)
+from benchmark.tables import Table, cell, verdict_table
 from benchmark.workloads import Sample, Streams
 
+_PACED, _FLAT_OUT = "paced", "flat out"
 _PACED_S = 0.01
+_PACED_TOKENS = 300
 _SHORT_REQUESTS = 100
+_SHORT = "short requests"
+
+
+class _Configuration(NamedTuple):
+    speed: str
+    workload: Streams
+    instance: HttpInstance
 
 
 def measure(
     repetitions: int, streams: list[int], tokens: int, say: Callable[[str], None]
 ) -> list[Sample]:
-    """Samples of both speeds at each number of streams, and of short requests."""
+    """Samples of both speeds at each number of streams, and of short requests, in turns."""
     samples: list[Sample] = []
-    for speed, pause, count in (("paced", _PACED_S, 300), ("flat out", 0.0, tokens)):
-        for number in streams:
-            say(f"{speed}, {number} streams")
-            workload = Streams(number, count, total_context=0)
-            with tempfile.TemporaryDirectory(prefix="opta-bench-") as folder:
-                script = simulated_model(Path(folder), pause)
-                arguments = ["--enable-simulated", f"--model={MODEL}={script}"]
-                arguments += [f"--max-sequences={number}", "--context-length=65536"]
-                client = Player("client")
-                with running(client.child), serve(*arguments) as server:
-                    server.await_model(MODEL)
-                    instance = HttpInstance(
-                        client,
-                        server.child,
-                        server.port,
-                        gateway=[server.child.pid],
-                        workers=server.workers(),
-                    )
-                    workload.measure(instance, 0, Sample("", "", 0))
-                    for repetition in range(repetitions):
-                        sample = Sample("opta-lmx", f"{speed}, {workload.name}", repetition)
-                        workload.measure(instance, (repetition + 1) * 1000, sample)
-                        samples.append(sample)
-                    if speed == "flat out" and number == 1:
-                        samples += [_short(instance, number) for number in range(repetitions)]
-    return samples
+    with ExitStack() as stack:
+        client = Player("client")
+        stack.enter_context(running(client.child))
+        found: list[_Configuration] = []
+        for speed, pause, count in (
+            (_PACED, _PACED_S, _PACED_TOKENS),
+            (_FLAT_OUT, 0.0, tokens),
+        ):
+            for number in streams:
+                workload = Streams(number, count, total_context=0)
+                say(f"starting: {speed}, {workload.name}")
+                instance = stack.enter_context(_run(client, number, pause))
+                Streams(number, 20, total_context=0).measure(instance, 0, Sample("", "", 0))
+                found.append(_Configuration(speed, workload, instance))
+        for repetition in range(repetitions):
+            turn = repetition % len(found)
+            # Nobody always comes after the same one.
+            for speed, workload, instance in found[turn:] + found[:turn]:
+                say(f"{speed}, {workload.name}: {repetition + 1} of {repetitions}")
+                sample = Sample("opta-lmx", f"{speed}, {workload.name}", repetition)
+                workload.measure(instance, (repetition + 1) * 1000, sample)
+                samples.append(sample)
+            samples.append(_short(found[-1].instance, repetition))
+    order = [f"{each.speed}, {each.workload.name}" for each in found] + [_SHORT]
+    return sorted(samples, key=lambda sample: order.index(sample.workload))
+
+
+@contextmanager
+def _run(client: Player, streams: int, pause: float) -> Iterator[HttpInstance]:
+    with tempfile.TemporaryDirectory(prefix="opta-bench-") as folder:
+        script = simulated_model(Path(folder), pause)
+        arguments = ["--enable-simulated", f"--model={MODEL}={script}", "--context-length=65536"]
+        arguments += [f"--max-sequences={streams}", f"--max-queue={queue_for(streams)}"]
+        with serve(*arguments) as server:
+            server.await_model(MODEL)
+            yield HttpInstance(
+                client,
+                server.child,
+                server.port,
+                gateway=[server.child.pid],
+                workers=server.workers(),
+            )
 
 
 def simulated_model(folder: Path, step_delay_s: float) -> Path:
@@ -71,7 +102,7 @@ def simulated_model(folder: Path, step_delay_s: float) -> Path:
 
 def _short(instance: HttpInstance, repetition: int) -> Sample:
     """Requests for one token, one after the other."""
-    sample = Sample("opta-lmx", "short requests", repetition)
+    sample = Sample("opta-lmx", _SHORT, repetition)
     began = cpu_s(instance.gateway)
     waits = [ask_short(instance, MODEL) for _ in range(_SHORT_REQUESTS)]
     sample.metrics["gateway_us_per_request"] = (
@@ -89,25 +120,30 @@ def ask_short(instance: HttpInstance, model: str) -> float:
     return 1e3 * (answer.pieces[0] - answer.sent)
 
 
-def show(samples: list[Sample], console: Console) -> None:
-    table = Table()
-    for heading in ("", "tokens/s", "gateway µs/token", "tokens/event", "first token ms"):
-        table.add_column(heading, justify="right" if heading else "left")
-    names = ("tokens_per_s", "gateway_us_per_token", "tokens_per_piece", "first_token_p50_ms")
-    for workload in dict.fromkeys(sample.workload for sample in samples):
-        chosen = [sample for sample in samples if sample.workload == workload]
-        if workload == "short requests":
-            continue
-        ranges = [spread([s.metrics[name] for s in chosen]) for name in names]
-        table.add_row(workload, *(_cell(found) for found in ranges))
-    print_table(console, "The relay by itself: median (range)", table)
-    short = [s for s in samples if s.workload == "short requests"]
-    if cost := spread([s.metrics["gateway_us_per_request"] for s in short]):
-        console.print(f"a short request costs the gateway {_cell(cost)} µs of CPU")
+def verdicts(samples: list[Sample]) -> list[Verdict]:
+    """Of the paced ones: flat out, tokens share a message."""
+    found = Samples(samples)
+    judged = []
+    for number in (1, 8, 32):
+        workload = f"{_PACED}, {Streams(number, 1, 0).name}"
+        limit = LIMIT_ONE_STREAM if number == 1 else LIMIT_MANY_STREAMS
+        promise = f"{workload}: gateway CPU ≤ {limit:.0f} µs/token"
+        judged.append(judge(promise, found.range("opta-lmx", workload, GATEWAY), limit))
+    return judged
 
 
-def _cell(found: Range | None) -> str:
-    if found is None:
-        return "-"
-    digits = 0 if found.median >= 1000 else 1
-    return f"{found.median:,.{digits}f} ({found.low:,.{digits}f} to {found.high:,.{digits}f})"
+def tables(samples: list[Sample]) -> list[Table]:
+    found = Samples(samples)
+    columns = ("", "tokens/s", "gateway µs/token", "tokens/event", "first token ms")
+    names = ("tokens_per_s", GATEWAY, "tokens_per_piece", "first_token_p50_ms")
+    rows = [
+        (workload, *(cell(found.range("opta-lmx", workload, name)) for name in names))
+        for workload in found.workloads()
+        if workload != _SHORT
+    ]
+    short = spread([s.metrics["gateway_us_per_request"] for s in found.of("opta-lmx", _SHORT)])
+    note = f"a short request costs the gateway {cell(short, 0)} µs of CPU"
+    return [
+        Table("The relay by itself: median (range)", columns, rows, [note]),
+        verdict_table(verdicts(samples)),
+    ]

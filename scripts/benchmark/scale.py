@@ -14,36 +14,38 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
 from benchmark.children import Player, running
-from benchmark.contenders import HttpInstance, serve
+from benchmark.contenders import HttpInstance, Served, serve
 from benchmark.plan import Failed
 from benchmark.probes import Memory, cpu_s, memory
 from benchmark.relay import ask_short, simulated_model
-from benchmark.report import print_table
+from benchmark.summary import Range, Verdict, judge, spread
+from benchmark.tables import Table, cell, verdict_table
 
 _IDLE_S = 10.0
 #: After a load the supervisor still writes its records.
 _SETTLE_S = 3.0
 _REQUESTS = 100
 IDLE_LIMIT_PERCENT = 1.0
+#: By how much a figure may grow from the fewest workers to the most and still be flat.
+FLAT = 1.25
 
 
 class Step(msgspec.Struct):
     """The server with so many workers. Times in ms, CPU in µs or in % of one core."""
 
     workers: int
-    start_ms: float
-    supervisor_idle_percent: float
-    worker_idle_percent: float
-    first_token_ms: float
-    gateway_us_per_request: float
+    start_ms: Range
+    supervisor_idle_percent: Range
+    #: Of all of them together.
+    workers_idle_percent: Range
+    first_token_ms: Range
+    gateway_us_per_request: Range
     supervisor: Memory
     worker: Memory
 
@@ -53,52 +55,95 @@ class Scale(msgspec.Struct):
     steps: list[Step]
     #: The workers of one model's file, by how many of them map it.
     shared: dict[str, list[Memory]]
+    verdicts: list[Verdict]
 
 
-def measure(sizes: list[int], say: Callable[[str], None]) -> list[Step]:
-    steps = []
-    chance = random.Random(0)
+def measure(sizes: list[int], repetitions: int, say: Callable[[str], None]) -> list[Step]:
     with tempfile.TemporaryDirectory(prefix="opta-bench-") as name:
         script = simulated_model(Path(name), 0.0)
         client = Player("client")
         with running(client.child), serve("--enable-simulated") as server:
-            supervisor = server.child.pid
-            loaded = 0
-            for size in sizes:
-                say(f"{size} workers")
-                starts = []
-                while loaded < size:
-                    copy = Path(name) / f"m{loaded}.sim.json"
-                    shutil.copy(script, copy)
-                    began = time.monotonic()
-                    _load(server.port, f"m{loaded}", copy)
-                    starts.append(1e3 * (time.monotonic() - began))
-                    loaded += 1
-                workers = server.workers()
-                if len(workers) != size:
-                    raise Failed(f"{size} models are loaded and {len(workers)} workers run")
-                instance = HttpInstance(
-                    client, server.child, server.port, gateway=[supervisor], workers=workers
-                )
-                ask_short(instance, "m0")
-                cpu = cpu_s([supervisor])
-                models = [f"m{chance.randrange(size)}" for _ in range(_REQUESTS)]
-                waits = [ask_short(instance, model) for model in models]
-                cpu = cpu_s([supervisor]) - cpu
-                idle, worker_idle = _idle(supervisor, workers)
-                steps.append(
-                    Step(
-                        workers=size,
-                        start_ms=statistics.median(starts),
-                        supervisor_idle_percent=idle,
-                        worker_idle_percent=worker_idle,
-                        first_token_ms=statistics.median(waits),
-                        gateway_us_per_request=1e6 * cpu / _REQUESTS,
-                        supervisor=memory(supervisor),
-                        worker=_typical([memory(pid) for pid in workers]),
-                    )
-                )
-    return steps
+            fleet = _Fleet(server, script)
+            return [_measure_size(fleet, client, size, repetitions, say) for size in sizes]
+
+
+class _Fleet:
+    """The models of one server: m0, m1 and so on, each a file of its own."""
+
+    def __init__(self, server: Served, script: Path) -> None:
+        self.server = server
+        self._script = script
+        self.size = 0
+
+    def grow(self, size: int) -> None:
+        while self.size < size:
+            self.load(f"m{self.size}")
+            self.size += 1
+        if len(self.server.workers()) != size:
+            raise Failed(f"{size} models are loaded, and not as many workers run")
+
+    def load(self, model_id: str) -> float:
+        """Milliseconds until it is routable."""
+        copy = self._script.parent / f"{model_id}.sim.json"
+        shutil.copy(self._script, copy)
+        began = time.monotonic()
+        self._post("load", {"model_id": model_id, "path": str(copy)})
+        return 1e3 * (time.monotonic() - began)
+
+    def unload(self, model_id: str) -> None:
+        self._post("unload", {"model_id": model_id})
+
+    def _post(self, what: str, body: dict[str, str]) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=120)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", f"/admin/models/{what}", json.dumps(body), headers)
+        response = connection.getresponse()
+        answer = response.read()
+        connection.close()
+        if response.status != 200:
+            told = answer.decode(errors="replace")[:300]
+            raise Failed(f"{what} of {body['model_id']}: {told}")
+
+
+def _measure_size(
+    fleet: _Fleet, client: Player, size: int, repetitions: int, say: Callable[[str], None]
+) -> Step:
+    say(f"{size} workers")
+    # The last of them is loaded again and again.
+    fleet.grow(size - 1)
+    starts = []
+    for repetition in range(repetitions):
+        if repetition:
+            fleet.unload(f"m{size - 1}")
+        starts.append(fleet.load(f"m{size - 1}"))
+    fleet.size = size
+    server = fleet.server
+    supervisor, workers = server.child.pid, server.workers()
+    instance = HttpInstance(
+        client, server.child, server.port, gateway=[supervisor], workers=workers
+    )
+    ask_short(instance, "m0")
+    chance = random.Random(size)
+    costs, waits, idles, workers_idles = [], [], [], []
+    time.sleep(_SETTLE_S)
+    for _ in range(repetitions):
+        models = [f"m{chance.randrange(size)}" for _ in range(_REQUESTS)]
+        cpu = cpu_s([supervisor])
+        waits.append(statistics.median(ask_short(instance, model) for model in models))
+        costs.append(1e6 * (cpu_s([supervisor]) - cpu) / _REQUESTS)
+        idle, workers_idle = _idle(supervisor, workers)
+        idles.append(idle)
+        workers_idles.append(workers_idle)
+    return Step(
+        workers=size,
+        start_ms=_range(starts),
+        supervisor_idle_percent=_range(idles),
+        workers_idle_percent=_range(workers_idles),
+        first_token_ms=_range(waits),
+        gateway_us_per_request=_range(costs),
+        supervisor=memory(supervisor),
+        worker=_typical([memory(pid) for pid in workers]),
+    )
 
 
 def measure_shared(model: Path, say: Callable[[str], None]) -> dict[str, list[Memory]]:
@@ -115,24 +160,18 @@ def measure_shared(model: Path, say: Callable[[str], None]) -> dict[str, list[Me
 
 
 def _idle(supervisor: int, workers: list[int]) -> tuple[float, float]:
-    """% of one core, of the supervisor and of one worker."""
-    time.sleep(_SETTLE_S)
+    """% of one core, of the supervisor and of all workers together."""
     began, used = time.monotonic(), (cpu_s([supervisor]), cpu_s(workers))
     time.sleep(_IDLE_S)
     passed = time.monotonic() - began
     idle = 100 * (cpu_s([supervisor]) - used[0]) / passed
-    return idle, 100 * (cpu_s(workers) - used[1]) / passed / len(workers)
+    return idle, 100 * (cpu_s(workers) - used[1]) / passed
 
 
-def _load(port: int, model_id: str, path: Path) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    body = json.dumps({"model_id": model_id, "path": str(path)})
-    connection.request("POST", "/admin/models/load", body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    answer = response.read()
-    connection.close()
-    if response.status != 200:
-        raise Failed(f"loading {model_id}: {answer.decode(errors='replace')[:300]}")
+def _range(values: Sequence[float]) -> Range:
+    found = spread(values)
+    assert found is not None
+    return found
 
 
 def _typical(memories: list[Memory]) -> Memory:
@@ -140,49 +179,64 @@ def _typical(memories: list[Memory]) -> Memory:
     return sorted(memories)[len(memories) // 2]
 
 
-def show(scale: Scale, console: Console) -> None:
-    table = Table()
-    for heading in (
-        *("workers", "start ms", "idle supervisor %", "idle worker %", "first token ms"),
+def verdicts(steps: Sequence[Step]) -> list[Verdict]:
+    if not steps:
+        return []
+    first, last = steps[0], steps[-1]
+    idle = last.supervisor_idle_percent
+    limit = f"{IDLE_LIMIT_PERCENT:.0f} % of a core"
+    promise = f"the supervisor's idle CPU with {last.workers} workers ≤ {limit}"
+    judged = [judge(promise, idle, IDLE_LIMIT_PERCENT)]
+    flat: Sequence[tuple[str, Callable[[Step], Range]]] = (
+        ("time to start one more", lambda step: step.start_ms),
+        ("gateway CPU of a request", lambda step: step.gateway_us_per_request),
+    )
+    for what, figure in flat:
+        ratio = None
+        if len(steps) > 1:
+            least = figure(first).median
+            found = figure(last)
+            ratio = Range(found.median / least, found.low / least, found.high / least)
+        promise = f"{what}: with {last.workers} workers ≤ {FLAT} of that with {first.workers}"
+        judged.append(judge(promise, ratio, FLAT))
+    return judged
+
+
+def tables(scale: Scale) -> list[Table]:
+    columns = (
+        *("workers", "start ms", "idle supervisor %", "idle workers %, all", "first token ms"),
         *("gateway µs/request", "supervisor MB", "worker MB rss / pss / unique"),
-    ):
-        table.add_column(heading, justify="right")
-    for step in scale.steps:
-        table.add_row(
+    )
+    rows = [
+        (
             str(step.workers),
-            f"{step.start_ms:.0f}",
-            f"{step.supervisor_idle_percent:.2f}",
-            f"{step.worker_idle_percent:.2f}",
-            f"{step.first_token_ms:.1f}",
-            f"{step.gateway_us_per_request:.0f}",
+            cell(step.start_ms, 0),
+            cell(step.supervisor_idle_percent, 2),
+            cell(step.workers_idle_percent, 2),
+            cell(step.first_token_ms),
+            cell(step.gateway_us_per_request, 0),
             f"{step.supervisor.rss:.0f}",
             _megabytes(step.worker),
         )
-    print_table(console, "Simulated workers on one supervisor", table)
-    if scale.steps:
-        last = scale.steps[-1]
-        word = "ok" if last.supervisor_idle_percent < IDLE_LIMIT_PERCENT else "SHORT"
-        console.print(
-            f"idle CPU of the supervisor with {last.workers} workers < "
-            f"{IDLE_LIMIT_PERCENT:.0f} % of a core: {last.supervisor_idle_percent:.2f} %: {word}"
-        )
+        for step in scale.steps
+    ]
+    shown = [Table("Simulated workers on one supervisor: median (range)", columns, rows)]
     if scale.shared:
-        _show_shared(scale.shared, console)
+        shown.append(_shared_table(scale.shared))
+    return [*shown, verdict_table(scale.verdicts)]
 
 
-def _show_shared(shared: dict[str, list[Memory]], console: Console) -> None:
-    table = Table()
-    for heading in ("workers", "MB rss / pss / unique of each", "MB in all"):
-        table.add_column(heading)
-    for count, memories in shared.items():
-        each = "; ".join(map(_megabytes, memories))
-        table.add_row(count, each, f"{_total(memories):.0f}")
-    print_table(console, "Workers that map the same file", table)
+def _shared_table(shared: dict[str, list[Memory]]) -> Table:
+    rows = [
+        (count, "; ".join(map(_megabytes, memories)), f"{_total(memories):.0f}")
+        for count, memories in shared.items()
+    ]
     saved = 2 * _total(shared["1"]) - _total(shared["2"])
+    note = "what sharing saves is not told by this system: it has no PSS"
     if all(entry.pss is not None for entry in shared["2"]):
-        console.print(f"sharing the file's pages saves {saved:.0f} MB for the second worker")
-    else:
-        console.print("what sharing saves is not told by this system: it has no PSS")
+        note = f"sharing the file's pages saves {saved:.0f} MB for the second worker"
+    columns = ("workers", "MB rss / pss / unique of each", "MB in all")
+    return Table("Workers that map the same file", columns, rows, [note])
 
 
 def _total(memories: list[Memory]) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from benchmark.workloads import Sample, percentile
+from benchmark.workloads import Sample
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -57,11 +57,6 @@ class Samples:
         samples = self.of(contender, workload)
         return spread([s.metrics[metric] for s in samples if metric in s.metrics])
 
-    def first_token_ms(self, contender: str, workload: str, percent: float) -> float | None:
-        """Over the streams of all repetitions together."""
-        pool = [ms for sample in self.of(contender, workload) for ms in sample.first_tokens_ms]
-        return percentile(pool, percent) if pool else None
-
     def ratio(self, workload: str, metric: str, over: str, of: str = "opta-lmx") -> Range | None:
         """One contender's figure over another's, repetition by repetition."""
         others = {sample.repetition: sample for sample in self.of(over, workload)}
@@ -73,6 +68,11 @@ class Samples:
             and others[sample.repetition].metrics.get(metric)
         ]
         return spread(ratios)
+
+
+def is_streams(workload: str) -> bool:
+    """Whether a workload's name is that of ``Streams``."""
+    return workload.endswith((" stream", " streams")) and "," not in workload
 
 
 def spread(values: Sequence[float]) -> Range | None:
@@ -90,6 +90,14 @@ class _Promise:
     at_least: bool = False
 
 
+def judge(promise: str, value: Range | None, limit: float, *, at_least: bool = False) -> Verdict:
+    """By the median. ``value`` None: not measured, and so neither kept nor broken."""
+    kept = None
+    if value is not None:
+        kept = value.median >= limit if at_least else value.median <= limit
+    return Verdict(promise, value, kept)
+
+
 def _over(metric: str, other: str) -> Callable[[Samples, str], Range | None]:
     return lambda samples, workload: samples.ratio(workload, metric, other)
 
@@ -98,38 +106,44 @@ def _own(metric: str) -> Callable[[Samples, str], Range | None]:
     return lambda samples, workload: samples.range("opta-lmx", workload, metric)
 
 
-_TOKENS, _FIRST, _GATEWAY = "tokens_per_s", "first_token_p50_ms", "gateway_us_per_token"
-_PEER = "llama-server"
+_TOKENS, _FIRST, GATEWAY = "tokens_per_s", "first_token_p50_ms", "gateway_us_per_token"
+_PEER, _SPLIT, _ROUTER = "llama-server", "llama-server split", "llama-server router"
 
-PROMISES = (
-    _Promise("tokens/s ≥ 0.97 of bare's", "1 stream", _over(_TOKENS, "bare"), 0.97, True),
-    _Promise("tokens/s ≥ llama-server's", "4 streams", _over(_TOKENS, _PEER), 1.0, True),
-    _Promise("tokens/s ≥ llama-server's", "8 streams", _over(_TOKENS, _PEER), 1.0, True),
-    _Promise("first token p50 ≤ llama-server's", "1 stream", _over(_FIRST, _PEER), 1.0),
-    _Promise("first token p50 ≤ llama-server's", "4 streams", _over(_FIRST, _PEER), 1.0),
-    _Promise("first token p50 ≤ llama-server's", "8 streams", _over(_FIRST, _PEER), 1.0),
-    _Promise("first token p50 ≤ llama-server's", "32 streams", _over(_FIRST, _PEER), 1.0),
-    _Promise("gateway CPU ≤ 40 µs/token", "1 stream", _own(_GATEWAY), 40.0),
-    _Promise("gateway CPU ≤ 25 µs/token", "8 streams", _own(_GATEWAY), 25.0),
-    _Promise("gateway CPU ≤ 25 µs/token", "32 streams", _own(_GATEWAY), 25.0),
-    _Promise("first token ≤ 0.1 of the first turn's", "second turn", _own("second_to_first"), 0.1),
-    _Promise(
-        "longest stall ≤ 1.5 times llama-server's",
-        "long prompt",
-        _over("longest_stall_ms", _PEER),
-        1.5,
-    ),
-)
+#: µs of the gateway's CPU time per token.
+LIMIT_ONE_STREAM, LIMIT_MANY_STREAMS = 40.0, 25.0
+
+
+def _promises() -> Iterator[_Promise]:
+    yield _Promise("tokens/s ≥ 0.97 of bare's", "1 stream", _over(_TOKENS, "bare"), 0.97, True)
+    for workload in ("4 streams", "8 streams"):
+        for peer in (_PEER, _SPLIT):
+            yield _Promise(f"tokens/s ≥ {peer}'s", workload, _over(_TOKENS, peer), 1.0, True)
+    for workload in ("1 stream", "4 streams", "8 streams", "32 streams"):
+        for peer in (_PEER, _SPLIT):
+            text = f"first token p50 ≤ {peer}'s"
+            yield _Promise(text, workload, _over(_FIRST, peer), 1.0)
+    for workload, limit in (
+        ("1 stream", LIMIT_ONE_STREAM),
+        ("8 streams", LIMIT_MANY_STREAMS),
+        ("32 streams", LIMIT_MANY_STREAMS),
+    ):
+        yield _Promise(f"gateway CPU ≤ {limit:.0f} µs/token", workload, _own(GATEWAY), limit)
+        yield _Promise("gateway CPU ≤ half the router's", workload, _over(GATEWAY, _ROUTER), 0.5)
+    text = "first token ≤ 0.1 of the first turn's"
+    yield _Promise(text, "second turn", _own("second_to_first"), 0.1)
+    for workload in ("long prompt", "long prompt, 4 streams"):
+        for peer in (_PEER, _SPLIT):
+            text = f"longest stall ≤ 1.5 times {peer}'s"
+            yield _Promise(text, workload, _over("longest_stall_ms", peer), 1.5)
 
 
 def verdicts(samples: Samples) -> list[Verdict]:
-    found = []
-    for promise in PROMISES:
-        value = promise.value(samples, promise.workload)
-        kept = None
-        if value is not None:
-            kept = (
-                value.median >= promise.limit if promise.at_least else value.median <= promise.limit
-            )
-        found.append(Verdict(f"{promise.workload}: {promise.text}", value, kept))
-    return found
+    return [
+        judge(
+            f"{promise.workload}: {promise.text}",
+            promise.value(samples, promise.workload),
+            promise.limit,
+            at_least=promise.at_least,
+        )
+        for promise in _promises()
+    ]

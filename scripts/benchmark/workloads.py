@@ -98,6 +98,7 @@ class Streams:
             (a.tokens - 1) / max(a.pieces[-1] - a.pieces[0], 1e-9) for a in answers
         )
         metrics["first_token_p50_ms"] = percentile(sample.first_tokens_ms, 50)
+        metrics["first_token_p95_ms"] = percentile(sample.first_tokens_ms, 95)
         metrics["inter_token_p50_ms"] = 1e3 * percentile(gaps, 50)
         metrics["inter_token_p99_ms"] = 1e3 * percentile(gaps, 99)
         metrics["cpu_us_per_token"] = 1e6 * (gateway + workers) / tokens
@@ -143,38 +144,47 @@ class Turns:
 
 @dataclass(frozen=True)
 class LongPrompt:
-    """One stream runs; a prompt of so many words arrives: how long does the stream stall?"""
+    """Some streams run; a prompt of so many words arrives: how long do the streams stall?"""
 
     words: int
     context: int
+    streams: int = 1
     tokens: int = 400
-    name: str = "long prompt"
-    sequences: int = 2
+
+    @property
+    def name(self) -> str:
+        return "long prompt" if self.streams == 1 else f"long prompt, {self.streams} streams"
+
+    @property
+    def sequences(self) -> int:
+        return self.streams + 1
 
     def measure(self, instance: Instance, seed: int, sample: Sample) -> None:
-        plan = Plan(
-            [
-                Request(_body(_prompt(seed, PROMPT_WORDS), self.tokens, seed)),
-                Request(_body(_prompt(seed + 1, self.words), 4, seed + 1), _READS_BEFORE),
-            ],
-            timeout_s=_TIMEOUT_S,
-            until=1,
-        )
-        running, long = instance.play(plan)
-        _check_whole([running, long])
-        arrived, answered = long.sent, long.pieces[0]
-        pairs = list(pairwise(running.pieces))
-        during = [b - a for a, b in pairs if b > arrived and a < answered]
-        if not during:
-            raise Failed("the running answer had ended when the long prompt was read")
-        # The stream may be held up until the long prompt is through, and cut off then.
-        if running.pieces[-1] < answered and running.tokens < self.tokens:
-            during.append(answered - running.pieces[-1])
+        running = [
+            Request(_body(_prompt(seed + i, PROMPT_WORDS), self.tokens, seed + i))
+            for i in range(self.streams)
+        ]
+        seed += self.streams
+        long = Request(_body(_prompt(seed, self.words), 4, seed), _READS_BEFORE)
+        plan = Plan([*running, long], timeout_s=_TIMEOUT_S, until=self.streams)
+        *streams, arrival = instance.play(plan)
+        _check_whole([*streams, arrival])
+        arrived, answered = arrival.sent, arrival.pieces[0]
+        during, before = [], []
+        for stream in streams:
+            pairs = list(pairwise(stream.pieces))
+            during += [b - a for a, b in pairs if b > arrived and a < answered]
+            before += [b - a for a, b in pairs if b <= arrived]
+            # It may be held up until the long prompt is through, and cut off then.
+            if stream.pieces[-1] < answered and stream.tokens < self.tokens:
+                during.append(answered - stream.pieces[-1])
+        if not during or not before:
+            raise Failed("the running answers had ended when the long prompt was read")
         metrics = sample.metrics
         metrics["longest_stall_ms"] = 1e3 * max(during)
-        metrics["undisturbed_ms"] = 1e3 * statistics.median(b - a for a, b in pairs if b <= arrived)
+        metrics["undisturbed_ms"] = 1e3 * statistics.median(before)
         metrics["long_first_token_ms"] = 1e3 * (answered - arrived)
-        _add_prompt_tokens(metrics, "prompt_tokens", long)
+        _add_prompt_tokens(metrics, "prompt_tokens", arrival)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
