@@ -6,7 +6,10 @@ from protocol.errors import CodedError, ErrorCode
 from protocol.messages import ModelKind
 
 _USES = {
-    ModelKind.GENERATE: "this model generates text; vectors and ranks need a model made for them",
+    ModelKind.GENERATE: (
+        "this model generates text; vectors and ranks take an embedding model or a reranker, "
+        "as a GGUF on llama.cpp"
+    ),
     ModelKind.EMBED: "this is an embedding model: it serves /v1/embeddings and nothing else",
     ModelKind.RERANK: "this is a reranker: it serves /v1/rerank and nothing else",
 }

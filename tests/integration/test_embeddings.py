@@ -259,6 +259,12 @@ def test_another_kind_of_model_says_what_it_is(
     assert server.model(model)["readiness"]["crash_count"] == 0
 
 
+def test_mlx_serves_generators_only(real_server: Server) -> None:
+    error = refused(real_server, "/v1/embeddings", model="tiny-mlx", input="x")
+    assert (error["code"], error["param"]) == ("invalid_value", "model")
+    assert "llama.cpp" in error["message"]
+
+
 # --- what is remembered, and what goes wrong ------------------------------------
 
 
@@ -281,11 +287,12 @@ def test_a_broken_model_is_not_routable(tmp_path: Path, flaw: Any) -> None:
         assert answer.json()["error"]["code"] == "model_canary_failed"
 
 
-def test_a_crash_while_embedding_is_not_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["segfault", "raise", "hang"])
+def test_a_failure_while_embedding_is_not_seen(tmp_path: Path, kind: str) -> None:
     """Some of the vectors were there already; all are computed again on the next worker."""
-    fault = {"at": "prompt", "kind": "segfault", "prompt_contains": "here", "times": 1}
+    fault = {"at": "prompt", "kind": kind, "prompt_contains": "here", "times": 1}
     script = write_script(tmp_path, "embedder", kind="embed", faults=[fault])
-    with serve(tmp_path / "home") as server:
+    with serve(tmp_path / "home", OPTA_LMX_PREFILL_STALL_S="2") as server:
         assert server.load("embedder", path=str(script)).status_code == 200
         texts = [f"text {n}" for n in range(40)]
         body = {"model": "embedder", "input": [*texts, "it breaks here"]}
@@ -310,6 +317,30 @@ def test_a_request_that_always_crashes_ends_in_an_error(tmp_path: Path) -> None:
         assert answer.json()["error"]["code"] == "model_crashed"
         server.await_state("embedder", "routable", generation=3)
         assert server.http.post("/v1/embeddings", json={**body, "input": "fine"}).is_success
+
+
+def test_the_queue_is_bounded_and_who_is_slow_is_not_killed(tmp_path: Path) -> None:
+    """Three seconds of batches, each of them progress."""
+    script = write_script(tmp_path, "embedder", kind="embed", prefill_delay_s=0.3)
+    settings = {"OPTA_LMX_MAX_QUEUE": "1", "OPTA_LMX_PREFILL_STALL_S": "1.5"}
+    with serve(tmp_path / "home", **settings) as server:
+        assert server.load("embedder", path=str(script)).status_code == 200
+        body = {"model": "embedder", "input": ["x"] * 40}
+        answers: list[httpx.Response] = []
+        url = f"{server.url}/v1/embeddings"
+        slow = threading.Thread(
+            target=lambda: answers.append(httpx.post(url, json=body, timeout=30))
+        )
+        slow.start()
+        for _ in polls():
+            if server.model("embedder")["in_flight"] == 1:
+                break
+        refusal = server.http.post("/v1/embeddings", json={**body, "input": "y"})
+        assert refusal.status_code == 429
+        assert "retry-after" in refusal.headers
+        slow.join()
+        assert answers[0].status_code == 200
+        assert server.model("embedder")["generation"] == 1
 
 
 def test_a_client_that_leaves_frees_the_model(tmp_path: Path) -> None:
