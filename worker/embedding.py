@@ -7,7 +7,9 @@ that a few texts are not kept waiting by thousands.
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from protocol.errors import CodedError, ErrorCode
@@ -34,6 +36,17 @@ from worker.prompt import PromptBuilder
 from worker.queue import RequestQueue
 from worker.vitals import Vitals
 
+#: Seconds spent on the tokens of long requests between two batches.
+TOKENISING_BUDGET_S = 0.02
+
+
+@dataclass(slots=True, eq=False)
+class _Arrived:
+    """A request, as far as it is tokenised."""
+
+    request: Embed
+    inputs: list[EmbedInput] = field(default_factory=list)
+
 
 @dataclass(slots=True, eq=False)
 class _Running:
@@ -54,36 +67,45 @@ class EmbeddingEngine:
         model: Loaded,
         vitals: Vitals,
         prompts: PromptBuilder | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._prompts = prompts
         self._embedder = embedder
         self._model = model
         self._vitals = vitals
+        self._clock = clock
+        #: Those that take longer to tokenise than there was time for; whose turn it is first.
+        self._arrived: dict[int, _Arrived] = {}
         self._queue = RequestQueue()
         self._waiting: dict[int, _Running] = {}
         self._running: deque[_Running] = deque()
 
     @property
     def idle(self) -> bool:
-        return not self._running and not self._waiting
+        return not self._running and not self._waiting and not self._arrived
 
     def prepare(self) -> None:
         """There is nothing that could be done ahead."""
 
-    def submit(self, request: Job) -> Accepted | Rejected:
-        """Check and enqueue a request; a refusal leaves no trace."""
+    def submit(self, request: Job) -> Accepted | Rejected | None:
+        """Check and enqueue a request; a refusal leaves no trace.
+
+        None: it has not been tokenised to the end, and a later ``step`` has the answer.
+        """
         self._vitals.phase = Phase.PREFILL
         self._vitals.in_hand += 1
         self._vitals.advance()
         try:
-            inputs = self._prepare(request)
+            arrived = _Arrived(self._check(request))
         except CodedError as error:
             self._update_vitals()
             return Rejected(request.request_id, error.code, error.message, error.param)
-        self._waiting[request.request_id] = _Running(request.request_id, deque(inputs))
-        self._queue.enter(request.request_id, request.client, request.priority)
+        answer = self._tokenise(arrived, self._clock() + TOKENISING_BUDGET_S)
+        if answer is None:
+            self._arrived[request.request_id] = arrived
         self._update_vitals()
-        return Accepted(request.request_id, sum(len(each.tokens) for each in inputs))
+        return answer
 
     def answer(self, inquiry: Inquiry) -> InquiryAnswer | Rejected:
         """Tell tokens or text, at once."""
@@ -97,6 +119,9 @@ class EmbeddingEngine:
 
     def cancel(self, request_id: int) -> Delta | None:
         """Drop a request; None if it is unknown, as when it has just ended."""
+        if self._arrived.pop(request_id, None) is not None:
+            self._update_vitals()
+            return Delta(request_id, "", [], FinishReason.CANCELLED)
         if self._waiting.pop(request_id, None) is None:
             running = next((each for each in self._running if each.request_id == request_id), None)
             if running is None:
@@ -113,6 +138,7 @@ class EmbeddingEngine:
 
         Raises whatever the backend raises; the engine is unusable afterwards.
         """
+        settled = self._settle()
         while len(self._running) < self._model.max_sequences:
             request_id = self._queue.take()
             if request_id is None:
@@ -121,7 +147,7 @@ class EmbeddingEngine:
         self._update_vitals()
         batch = self._take_batch()
         if not batch:
-            return Progress([], [])
+            return Progress([], [], settled)
         started = []
         for owner, _ in batch:
             if not owner.started:
@@ -145,13 +171,13 @@ class EmbeddingEngine:
                 self._queue.leave(owner.request_id)
         self._vitals.advance()
         self._update_vitals()
-        return Progress(started, [], list(broken.values()), embedded)
+        return Progress(started, [], [*settled, *broken.values()], embedded)
 
     def close(self) -> None:
         """There is nothing else at work."""
 
-    def _prepare(self, request: Job) -> list[EmbedInput]:
-        """Raises ``CodedError`` with the parameter at fault."""
+    def _check(self, request: Job) -> Embed:
+        """Raises ``CodedError`` for what can be seen before any tokens are."""
         kind = self._model.kind
         if isinstance(request, Generate):
             raise wrong_kind(kind)
@@ -165,15 +191,40 @@ class EmbeddingEngine:
                 f"{request.dimensions} of them there are not",
                 param="dimensions",
             )
+        return request
+
+    def _settle(self) -> list[Accepted | Rejected]:
+        """Go on with the tokens of long requests, in turns; what became of those at the end."""
+        settled: list[Accepted | Rejected] = []
+        until = self._clock() + TOKENISING_BUDGET_S
+        for request_id, arrived in list(self._arrived.items()):
+            answer = self._tokenise(arrived, until)
+            del self._arrived[request_id]
+            if answer is None:
+                self._arrived[request_id] = arrived
+                break
+            settled.append(answer)
+        return settled
+
+    def _tokenise(self, arrived: _Arrived, until: float) -> Accepted | Rejected | None:
+        """Tokenise inputs till then, one in any case; enqueue the request when all are."""
+        request, inputs = arrived.request, arrived.inputs
         param = "input" if request.query is None else "documents"
         single = len(request.inputs) == 1
-        return [
-            EmbedInput(
-                self._encode(each, request, param if single else f"{param}[{i}]"),
-                request.dimensions,
-            )
-            for i, each in enumerate(request.inputs)
-        ]
+        while len(inputs) < len(request.inputs):
+            index = len(inputs)
+            at = param if single else f"{param}[{index}]"
+            try:
+                tokens = self._encode(request.inputs[index], request, at)
+            except CodedError as error:
+                return Rejected(request.request_id, error.code, error.message, error.param)
+            inputs.append(EmbedInput(tokens, request.dimensions))
+            self._vitals.advance()
+            if self._clock() >= until and len(inputs) < len(request.inputs):
+                return None
+        self._waiting[request.request_id] = _Running(request.request_id, deque(inputs))
+        self._queue.enter(request.request_id, request.client, request.priority)
+        return Accepted(request.request_id, sum(len(each.tokens) for each in inputs))
 
     def _encode(self, text: str | list[int], request: Embed, param: str) -> list[int]:
         if isinstance(text, list):
@@ -183,8 +234,6 @@ class EmbeddingEngine:
             tokens = self._embedder.encode_pair(request.query, text)
         else:
             tokens = self._embedder.encode_input(text)
-        # Thousands of texts take a while.
-        self._vitals.advance()
         if not tokens:
             raise CodedError(ErrorCode.INVALID_VALUE, f"{param}: has no tokens", param=param)
         if len(tokens) > self._model.context_length:
@@ -231,7 +280,7 @@ class EmbeddingEngine:
 
     def _update_vitals(self) -> None:
         vitals = self._vitals
-        vitals.in_hand = len(self._running) + len(self._waiting)
+        vitals.in_hand = len(self._running) + len(self._waiting) + len(self._arrived)
         vitals.phase = Phase.PREFILL if vitals.in_hand else Phase.IDLE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import pytest
 
@@ -21,7 +22,7 @@ from protocol.messages import (
 )
 from worker.backends.base import EmbedInput
 from worker.backends.simulated import SimulatedBackend
-from worker.embedding import EmbeddingEngine
+from worker.embedding import TOKENISING_BUDGET_S, EmbeddingEngine
 from worker.engine import Engine
 from worker.vitals import Vitals
 
@@ -72,7 +73,7 @@ def vitals() -> Vitals:
 
 @pytest.fixture
 def engine(embedder: Embedder, vitals: Vitals) -> EmbeddingEngine:
-    return EmbeddingEngine(embedder, model_of(ModelKind.EMBED), vitals)
+    return EmbeddingEngine(embedder, model_of(ModelKind.EMBED), vitals, lambda: 0.0)
 
 
 def submit(engine: EmbeddingEngine, request: Job) -> None:
@@ -215,6 +216,37 @@ def test_progress_is_seen_with_every_input_and_every_batch(
     assert (vitals.in_hand, vitals.phase) == (1, Phase.PREFILL)
     engine.step()
     assert vitals.progress > tokenised
+
+
+def test_thousands_of_texts_are_tokenised_between_batches(
+    embedder: Embedder, vitals: Vitals
+) -> None:
+    """A long request holds nobody up, is refused late if need be, and can be cancelled."""
+    ticks = count()
+
+    def clock() -> float:
+        return next(ticks) * TOKENISING_BUDGET_S / 10
+
+    engine = EmbeddingEngine(embedder, model_of(ModelKind.EMBED), vitals, clock)
+    submit(engine, Embed(1, ["ab"] * 8))
+    assert engine.submit(Embed(2, ["many"] * 100)) is None
+    assert engine.submit(Embed(3, [*["bad"] * 40, "a" * 21])) is None
+    assert engine.submit(Embed(4, ["gone"] * 40)) is None
+    assert vitals.in_hand == 4
+    assert [m.request_id for m in engine.step().embedded] == [1]
+    assert engine.cancel(4) is not None
+    settled: list[Accepted | Rejected] = []
+    vectors = 0
+    while not engine.idle:
+        progress = engine.step()
+        settled += progress.settled
+        vectors += sum(len(m.vectors) for m in progress.embedded if m.request_id == 2)
+    refused, accepted = settled
+    assert isinstance(refused, Rejected)
+    assert (refused.request_id, refused.param) == (3, "input[40]")
+    assert accepted == Accepted(2, 400)
+    assert vectors == 100
+    assert (vitals.in_hand, vitals.phase) == (0, Phase.IDLE)
 
 
 def test_a_generator_says_that_it_is_one() -> None:
