@@ -10,8 +10,10 @@ from typing import Any
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import ClientConnection, connect
 
-from tests.support.server import Server, serve, write_script
+from tests.support.server import Server, polls, serve, write_script
 
 AGENT = {"X-OpenClaw-Agent-Id": "night-watch"}
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -30,6 +32,8 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_script(folder, "caller", tokens=calls, chat_template=TEMPLATE)
     write_script(folder, "broken", faults=[{"at": "load", "kind": "segfault"}])
     write_script(folder, "slow", load_delay_s=60.0)
+    write_script(folder, "endless", repeat=True, step_delay_s=0.005)
+    write_script(folder, "reader", prefill_chunk=4, prefill_delay_s=0.2)
     return folder
 
 
@@ -148,3 +152,122 @@ def test_an_unknown_tool_format_is_refused_with_the_list(server: Server) -> None
     assert "hermes" in error["message"]
     assert server.load("agent", tool_format="mistral").status_code == 200
     assert server.model("agent")["tool_format"] == "mistral"
+
+
+KEY = "s3cret"
+
+
+@pytest.fixture(scope="module")
+def keyed(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server as an unattended machine has it: with keys, and impatient proxies."""
+    arguments = ("--models-dir", str(models_dir), "--api-key", KEY, "--admin-key", "admin")
+    home = tmp_path_factory.mktemp("home")
+    with serve(home, *arguments, OPTA_LMX_SSE_KEEPALIVE_S="0.1") as running:
+        running.http.headers["X-Admin-Key"] = "admin"
+        for model in ("agent", "caller", "endless", "reader"):
+            assert running.load(model).status_code == 200
+        yield running
+
+
+def socket_url(server: Server) -> str:
+    return server.url.replace("http://", "ws://") + "/v1/chat/stream"
+
+
+@pytest.fixture
+def socket(keyed: Server) -> Iterator[ClientConnection]:
+    headers = {"Authorization": f"Bearer {KEY}", **AGENT}
+    with connect(socket_url(keyed), additional_headers=headers) as connection:
+        yield connection
+
+
+def ask(socket: ClientConnection, request_id: str, model: str, **more: object) -> None:
+    frame = {"type": "chat.request", "id": request_id, "model": model, "messages": HELLO, **more}
+    socket.send(json.dumps(frame))
+
+
+def frames(socket: ClientConnection, *ends: str) -> Iterator[dict[str, Any]]:
+    """Frames as they come, until every request named in ``ends`` has ended."""
+    left = set(ends)
+    while left:
+        frame = json.loads(socket.recv(timeout=30))
+        if frame["type"] in ("chat.done", "chat.error"):
+            left.discard(frame["id"])
+        yield frame
+
+
+def await_idle(server: Server, model: str) -> None:
+    for _ in polls():
+        if server.model(model)["in_flight"] == 0:
+            return
+    raise AssertionError(f"{model} is still at work")
+
+
+def test_the_websocket_needs_the_key(keyed: Server) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Admin-Key": "admin"}):
+        with (
+            pytest.raises(InvalidStatus) as refused,
+            connect(socket_url(keyed), additional_headers=headers),
+        ):
+            pass
+        assert refused.value.response.status_code == 401
+        error = json.loads(refused.value.response.body or b"")["error"]
+        assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
+    with connect(socket_url(keyed), additional_headers={"X-Api-Key": KEY}) as socket:
+        ask(socket, "a", "agent")
+        assert [*frames(socket, "a")][-1]["finish_reason"] == "stop"
+
+
+def test_one_websocket_carries_several_chats(socket: ClientConnection) -> None:
+    ask(socket, "morning", "agent")
+    ask(socket, "call", "caller", tools=[LOOK_UP])
+    texts = {"morning": "", "call": ""}
+    calls: list[Any] = []
+    reasons = {}
+    for frame in frames(socket, "morning", "call"):
+        match frame["type"]:
+            case "chat.token":
+                texts[frame["id"]] += frame["content"]
+            case "chat.tool_call":
+                calls.append((frame["id"], frame["tool_call"]))
+            case "chat.done":
+                reasons[frame["id"]] = frame["finish_reason"]
+                assert frame["usage"]["completion_tokens"] > 0
+    assert texts == {"morning": "Good morning.", "call": "Wait."}
+    assert reasons == {"morning": "stop", "call": "tool_calls"}
+    assert {request_id for request_id, _ in calls} == {"call"}
+    assert calls[0][1]["function"]["name"] == "look_up"
+    assert json.loads("".join(piece["function"]["arguments"] for _, piece in calls)) == {}
+
+
+def test_a_chat_on_the_websocket_is_cancelled(socket: ClientConnection, keyed: Server) -> None:
+    ask(socket, "long", "endless")
+    for frame in frames(socket, "long"):
+        if frame["type"] == "chat.token":
+            socket.send(json.dumps({"type": "chat.cancel", "id": "long"}))
+            break
+    *_, done = frames(socket, "long")
+    assert (done["type"], done["finish_reason"]) == ("chat.done", "cancelled")
+    await_idle(keyed, "endless")
+    # The connection is still good, and what is wrong on it is told.
+    ask(socket, "typo", "agent", temperature=9)
+    [refused] = frames(socket, "typo")
+    assert refused["error"]["param"] == "temperature"
+    ask(socket, "gone", "nobody")
+    assert [frame["error"]["code"] for frame in frames(socket, "gone")] == ["model_not_found"]
+
+
+def test_hanging_up_cancels_what_runs(keyed: Server) -> None:
+    headers = {"X-Api-Key": KEY}
+    with connect(socket_url(keyed), additional_headers=headers) as leaving:
+        ask(leaving, "a", "endless")
+        ask(leaving, "b", "endless")
+        next(frames(leaving, "a"))
+        assert keyed.model("endless")["in_flight"] >= 1
+    await_idle(keyed, "endless")
+
+
+def test_the_websocket_stays_alive_during_a_long_prompt(socket: ClientConnection) -> None:
+    ask(socket, "a", "reader")
+    kinds = [frame["type"] for frame in frames(socket, "a")]
+    assert kinds[0] == "chat.keepalive"
+    assert kinds[-1] == "chat.done"

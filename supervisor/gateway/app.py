@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.responses import Response
-from starlette.routing import Route, Router
+from starlette.routing import BaseRoute, Route, Router, WebSocketRoute
 from starlette.types import ASGIApp
 
 from protocol.errors import CodedError, ErrorCode
@@ -21,6 +21,7 @@ from supervisor.gateway.anthropic import messages
 from supervisor.gateway.anthropic.errors import refusal
 from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.cancellation import cancel_request
+from supervisor.gateway.chat_socket import ChatSocket, no_upgrade
 from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
 from supervisor.gateway.openai import models
 from supervisor.gateway.openai.chat import chat_completions
@@ -35,6 +36,7 @@ from supervisor.gateway.openai.responses_stored import (
 )
 from supervisor.gateway.rerank import rerank
 from supervisor.gateway.running import RunningCalls
+from supervisor.gateway.websocket import CHAT_STREAM
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
 
@@ -61,7 +63,7 @@ def create_app(fleet: Fleet, settings: Settings, metrics: Metrics) -> ASGIApp:
     )
 
 
-def _routes(gateway: Gateway) -> list[Route]:
+def _routes(gateway: Gateway) -> list[BaseRoute]:
     def route(path: str, side: Side, handlers: Mapping[Method, Handler]) -> Route:
         return Route(path, Endpoint(gateway, side, path, handlers))
 
@@ -90,6 +92,8 @@ def _routes(gateway: Gateway) -> list[Route]:
         route("/v1/requests/{id}/cancel", Side.INFERENCE, {"POST": cancel_request}),
         route("/v1/embeddings", Side.INFERENCE, {"POST": embeddings}),
         route("/v1/rerank", Side.INFERENCE, {"POST": rerank}),
+        route(CHAT_STREAM, Side.INFERENCE, {"GET": no_upgrade}),
+        WebSocketRoute(CHAT_STREAM, ChatSocket(gateway, CHAT_STREAM)),
         route("/v1/models", Side.INFERENCE, {"GET": models.list_models}),
         route("/v1/models/{id:path}", Side.INFERENCE, {"GET": models.get_model}),
         route("/admin/models", Side.ADMIN, {"GET": admin.list_models}),

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from urllib.parse import urlsplit
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.settings import Settings
@@ -53,7 +53,7 @@ class Guard:
         self._inference = _encode(settings.api_key)
         self._loopback_only = is_loopback(settings.host)
 
-    def check(self, request: Request, side: Side) -> None:
+    def check(self, request: HTTPConnection, side: Side) -> None:
         keys = self._keys(side)
         if not keys:
             if self._loopback_only and not (side is Side.OPEN and self._any_key()):
@@ -92,7 +92,7 @@ def _encode(key: str | None) -> bytes | None:
     return None if key is None else key.encode()
 
 
-def _offered(request: Request, side: Side) -> Iterator[bytes]:
+def _offered(request: HTTPConnection, side: Side) -> Iterator[bytes]:
     for name, value in request.scope["headers"]:
         if name == b"authorization":
             scheme, _, token = value.partition(b" ")
@@ -104,7 +104,7 @@ def _offered(request: Request, side: Side) -> Iterator[bytes]:
             yield value
 
 
-def _refuse_foreign_pages(request: Request) -> None:
+def _refuse_foreign_pages(request: HTTPConnection) -> None:
     host = request.headers.get("host")
     # Only HTTP/1.0 goes without, and no browser speaks that.
     if host is None and request.scope.get("http_version") != "1.0":

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.gateway.errors import error_body, status_of
+from supervisor.gateway.websocket import is_handshake
 
 MAX_HEAD_BYTES = 64 * 1024
 
@@ -58,6 +59,8 @@ class _Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._lingering = False
         self._in_body = False
+        #: Whether the request whose head came last becomes a WebSocket connection.
+        self._upgrading = False
         #: Bytes of the head that is arriving, and since when it is awaited. None:
         #: a request runs, or the connection rests between two (uvicorn's keep-alive).
         self._head_bytes = 0
@@ -96,9 +99,17 @@ class _Connection(HttpToolsProtocol):
         # What came with the head, a body or the next request, is in the count as well.
         if self._head_bytes > MAX_HEAD_BYTES and self._head_size() > MAX_HEAD_BYTES:
             raise _HeadTooLarge
+        # Never behind a request that is still being answered.
+        self._upgrading = (
+            self._get_upgrade() == b"websocket"
+            and not self._busy()
+            and is_handshake(self.parser.get_method(), self.url, self.headers)
+        )
         super().on_headers_complete()
         self._head_since = None
         self._head_bytes = 0
+        if self._upgrading:
+            return
         self._in_body = True
         self.cycle.transport = self._unfinished
         cast(dict[str, object], self.cycle.scope)[BODY_WRITER] = BodyWriter(self.cycle)
@@ -109,6 +120,8 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
+        if self._upgrading:
+            return
         self._in_body = False
         self.cycle.transport = self.transport
 
@@ -137,6 +150,13 @@ class _Connection(HttpToolsProtocol):
             self._refuse(_too_large())
         else:
             self._refuse(CodedError(ErrorCode.INVALID_VALUE, msg))
+
+    def _should_upgrade(self) -> bool:
+        return self._upgrading
+
+    def handle_websocket_upgrade(self) -> None:
+        self._timer.cancel()
+        super().handle_websocket_upgrade()
 
     def _unsupported_upgrade_warning(self) -> None:
         # It is answered as if it had not asked. The parser stops at an upgrade,

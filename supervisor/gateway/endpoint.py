@@ -58,7 +58,7 @@ class Call(Request):
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         super().__init__(scope, receive)
-        self.request_id = _request_id(scope)
+        self.request_id = request_id_of(scope)
         self.model = ""
         self.outcome = OK
         self.deadline: asyncio.TimerHandle | None = None
@@ -120,7 +120,7 @@ class Endpoint:
         return await handler(self._gateway, call)
 
 
-def _request_id(scope: Scope) -> bytes:
+def request_id_of(scope: Scope) -> bytes:
     """The client's own id when it is well-formed, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):

@@ -84,25 +84,26 @@ async def _watch(receive: Receive, streams: Sequence[RequestStream]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     for stream in streams:
-        _give_up(stream, ClientDisconnected())
+        give_up(stream, ClientDisconnected())
 
 
 def _expire(streams: Sequence[RequestStream], timeout_s: float) -> None:
     for stream in streams:
-        _give_up(stream, DeadlinePassed(timeout_s, _tokens_sent(stream)))
+        give_up(stream, DeadlinePassed(timeout_s, _tokens_sent(stream)))
 
 
 def cancel(streams: Sequence[RequestStream]) -> None:
     """End requests because somebody asked for it; their consumer gets ``RequestCancelled``."""
     for stream in streams:
-        _give_up(stream, RequestCancelled(_tokens_sent(stream)))
+        give_up(stream, RequestCancelled(_tokens_sent(stream)))
 
 
 def _tokens_sent(stream: RequestStream) -> int:
     return stream.completion_tokens if stream.delivered else 0
 
 
-def _give_up(stream: RequestStream, error: CodedError) -> None:
+def give_up(stream: RequestStream, error: CodedError) -> None:
+    """Cancel a stream's work; its consumer gets ``error`` after what has come by now."""
     # Close first: a stream that has failed is over, and nobody would be told to cancel it.
     stream.close()
     stream.fail(error)

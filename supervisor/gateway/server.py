@@ -23,6 +23,7 @@ from supervisor.fleet import Fleet
 from supervisor.gateway.app import create_app
 from supervisor.gateway.auth import is_loopback
 from supervisor.gateway.connection import protocol
+from supervisor.gateway.websocket import WebSocketConnection
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
 
@@ -70,7 +71,10 @@ def create_server(fleet: Fleet, settings: Settings, metrics: Metrics) -> Server:
     config = uvicorn.Config(
         create_app(fleet, settings, metrics),
         http=protocol(settings.header_timeout_s, settings.drain_timeout_s),
-        ws="none",
+        ws=WebSocketConnection,
+        ws_max_size=settings.max_body_bytes,
+        # For small frames between machines that are near, it only takes time.
+        ws_per_message_deflate=False,
         lifespan="on",
         log_config=None,
         access_log=False,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Protocol
 
 import msgspec
@@ -139,8 +139,9 @@ class EventStream(Response):
         self._waiting_for_first = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        keep_alive = _KeepAlive(
-            send, self._events.keep_alive, self._gateway.settings.sse_keepalive_s
+        keep_alive = KeepAlive(
+            lambda: _send(send, self._events.keep_alive(), more=True),
+            self._gateway.settings.sse_keepalive_s,
         )
         # Under another server than ours there is none, and all goes through ``send``.
         body: BodyWriter | None = scope.get(BODY_WRITER)
@@ -172,9 +173,7 @@ class EventStream(Response):
         finally:
             last_call.stop()
 
-    async def _relay_all(
-        self, send: Send, body: BodyWriter | None, keep_alive: _KeepAlive
-    ) -> bytes:
+    async def _relay_all(self, send: Send, body: BodyWriter | None, keep_alive: KeepAlive) -> bytes:
         """Send everything but the end of what ended last, which is returned."""
         if len(self._streams) == 1:
             return await self._relay(0, send, body, keep_alive)
@@ -193,7 +192,7 @@ class EventStream(Response):
         return b""
 
     async def _relay(
-        self, index: int, send: Send, body: BodyWriter | None, keep_alive: _KeepAlive
+        self, index: int, send: Send, body: BodyWriter | None, keep_alive: KeepAlive
     ) -> bytes:
         """Send everything of one answer but the end, which is returned."""
         stream, events = self._streams[index], self._events
@@ -270,15 +269,14 @@ class _LastCall:
         self._body.abort()
 
 
-class _KeepAlive:
-    """Sends ``message()`` whenever nothing was sent for ``interval`` seconds.
+class KeepAlive:
+    """Runs ``ping()`` whenever nothing was sent for ``interval`` seconds.
 
     One timer per stream that re-arms itself; a chunk costs a store of the time.
     """
 
-    def __init__(self, send: Send, message: Callable[[], bytes], interval: float) -> None:
-        self._send = send
-        self._message = message
+    def __init__(self, ping: Callable[[], Coroutine[None, None, None]], interval: float) -> None:
+        self._make_ping = ping
         self._interval = interval
         self._loop = asyncio.get_running_loop()
         self._ping: asyncio.Task[None] | None = None
@@ -297,7 +295,7 @@ class _KeepAlive:
         # The loop's clock has the timer's granularity: a hair early is on time.
         if now >= due - 0.001:
             if self._ping is None or self._ping.done():
-                self._ping = self._loop.create_task(_send(self._send, self._message(), more=True))
+                self._ping = self._loop.create_task(self._make_ping())
             self.last_sent = now
             due = now + self._interval
         self._timer = self._loop.call_later(due - now, self._tick)

@@ -15,6 +15,7 @@ ONLY_IN = {
     "zmq": {"worker/transport.py", "worker/session.py", "supervisor/channel.py"},
     "starlette": {"supervisor/gateway/"},
     "uvicorn": {"supervisor/gateway/"},
+    "websockets": {"supervisor/gateway/"},
     "mlx": {"worker/backends/"},
     "mlx_lm": {"worker/backends/"},
     "llama_cpp": {"worker/backends/"},

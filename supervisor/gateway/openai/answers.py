@@ -276,12 +276,13 @@ class ChatChunks(_Chunks):
                 rest = b',"logprobs":' + found + b',"finish_reason":null}' + self._tail
             events.append(start + b'{"content":' + encode_json(text) + b"}" + rest)
         if extras.tool_calls:
-            calls = encode_json([_call_piece(piece) for piece in extras.tool_calls])
+            calls = encode_json([call_piece(piece) for piece in extras.tool_calls])
             events.append(start + b'{"tool_calls":' + calls + b"}" + self._rest)
         return b"".join(events)
 
 
-def _call_piece(piece: ToolCallPiece) -> dict[str, Any]:
+def call_piece(piece: ToolCallPiece) -> dict[str, Any]:
+    """A piece as an element of ``tool_calls`` in a delta."""
     function: dict[str, str] = {"arguments": piece.arguments}
     if piece.id is None:
         return {"index": piece.index, "function": function}

@@ -73,7 +73,7 @@ def vitals() -> Vitals:
 
 @pytest.fixture
 def engine(embedder: Embedder, vitals: Vitals) -> EmbeddingEngine:
-    return EmbeddingEngine(embedder, model_of(ModelKind.EMBED), vitals, lambda: 0.0)
+    return EmbeddingEngine(embedder, model_of(ModelKind.EMBED), vitals, clock=lambda: 0.0)
 
 
 def submit(engine: EmbeddingEngine, request: Job) -> None:
@@ -227,7 +227,7 @@ def test_thousands_of_texts_are_tokenised_between_batches(
     def clock() -> float:
         return next(ticks) * TOKENISING_BUDGET_S / 10
 
-    engine = EmbeddingEngine(embedder, model_of(ModelKind.EMBED), vitals, clock)
+    engine = EmbeddingEngine(embedder, model_of(ModelKind.EMBED), vitals, clock=clock)
     submit(engine, Embed(1, ["ab"] * 8))
     assert engine.submit(Embed(2, ["many"] * 100)) is None
     assert engine.submit(Embed(3, [*["bad"] * 40, "a" * 21])) is None
