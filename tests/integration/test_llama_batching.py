@@ -24,7 +24,7 @@ from worker.backends.base import Backend, SequenceSpec, StepToken
 
 llama_cpp = pytest.importorskip("llama_cpp")
 from worker.backends.llama import LlamaBackend  # noqa: E402
-from worker.backends.llama_cells import token_array  # noqa: E402
+from worker.backends.prefixes import token_array  # noqa: E402
 
 SEQUENCES = 4
 CONTEXT = 512

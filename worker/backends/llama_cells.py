@@ -6,31 +6,13 @@ computed once, for one sequence, and belong to all that hold them.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy
+from worker.backends.prefixes import Tokens
 
 #: Positions ``start`` to ``end`` of a run: (run, start, end).
 Span = tuple[int, int, int]
-
-
-def token_array(tokens: Iterable[int]) -> array[int]:
-    """Tokens in the form they are compared in."""
-    return array("i", tokens)
-
-
-def common_length(first: array[int], second: array[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    count = min(len(first), len(second))
-    if not count or first[0] != second[0]:
-        return 0
-    differs = numpy.frombuffer(first, numpy.intc, count) != numpy.frombuffer(
-        second, numpy.intc, count
-    )
-    index = int(differs.argmax())
-    return index if differs[index] else count
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +48,7 @@ class CachedSequence:
         "tokens",
     )
 
-    def __init__(self, slot: int, tokens: array[int], run: int) -> None:
+    def __init__(self, slot: int, tokens: Tokens, run: int) -> None:
         self.slot = slot
         self.tokens = tokens
         self.length = 0

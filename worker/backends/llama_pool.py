@@ -14,13 +14,13 @@ third may begin as both do, and where it went on from what was kept.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 from itertools import count
 from typing import NamedTuple
 
-from worker.backends.llama_cells import CachedSequence, Checkpoint, common_length, count_cells
+from worker.backends.llama_cells import CachedSequence, Checkpoint, count_cells
 from worker.backends.llama_keep import Keep, Memory, Prefix, Traits
+from worker.backends.prefixes import MAX_KEPT, Tokens, common_length
 
 #: What is kept is used up, not copied, if the prompt goes on from its last part.
 _LAST_PART = 1 / 8
@@ -67,7 +67,7 @@ class KvPool:
         """Bytes that are kept in host memory."""
         return self._keep.nbytes
 
-    def find(self, tokens: array[int]) -> Match:
+    def find(self, tokens: Tokens) -> Match:
         """The longest beginning of a prompt that is there; never with its last token."""
         limit = len(tokens) - 1
         best, promised = Match(), 0
@@ -94,12 +94,12 @@ class KvPool:
                 best = Match(kept=prefix, length=usable, checkpoint=checkpoint)
         return best._replace(promised=max(best.length, promised))
 
-    def fits(self, tokens: array[int], match: Match, reserve: int) -> bool:
+    def fits(self, tokens: Tokens, match: Match, reserve: int) -> bool:
         """Whether a prompt and ``reserve`` cells have room beside the running sequences."""
         shared = match.length if match.running else 0
         return self._has_room(len(tokens) - shared + reserve)
 
-    def start(self, tokens: array[int], match: Match, forks: Iterable[int] = ()) -> CachedSequence:
+    def start(self, tokens: Tokens, match: Match, forks: Iterable[int] = ()) -> CachedSequence:
         """Let a sequence run, with as much of its beginning as can be had.
 
         ``forks`` is how much of it others have that will run.
@@ -156,6 +156,8 @@ class KvPool:
         prefix = Prefix(sequence, first)
         self._keep.prefixes.append(prefix)
         self._resident.append(prefix)
+        if len(self._keep.prefixes) > MAX_KEPT:
+            self._forget(self._keep.prefixes[0])
 
     def cut(self, sequence: CachedSequence) -> None:
         """Give up the cells of a running sequence behind its length; it must be divisible."""
@@ -166,7 +168,7 @@ class KvPool:
         if self._resident and self._running:
             self._store_resident()
 
-    def _take_over(self, prefix: Prefix, tokens: array[int], match: Match) -> CachedSequence:
+    def _take_over(self, prefix: Prefix, tokens: Tokens, match: Match) -> CachedSequence:
         """Go on in the cells of a kept sequence."""
         kept = prefix.sequence
         self._resident.remove(prefix)
@@ -231,7 +233,7 @@ class KvPool:
             return True
         return any(each.length == length for each in sequence.checkpoints)
 
-    def _longest_alike(self, tokens: array[int]) -> int:
+    def _longest_alike(self, tokens: Tokens) -> int:
         others = (*self._running, *(prefix.sequence for prefix in self._keep.prefixes))
         return max((common_length(tokens, other.tokens) for other in others), default=0)
 

@@ -9,7 +9,6 @@ at the front until another one ends: its answer goes on as if nothing had happen
 from __future__ import annotations
 
 import time
-from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import llama_cpp
 
 from worker.backends.base import SequenceSpec, StepToken, TokenLogprobs
 from worker.backends.llama_batch import DecodeBatch
-from worker.backends.llama_cells import CachedSequence, common_length, token_array
+from worker.backends.llama_cells import CachedSequence
 from worker.backends.llama_library import LOG
 from worker.backends.llama_logits import LogProbabilities, apply_mask, check_finite, logits_row
 from worker.backends.llama_pool import KvPool, Match
@@ -26,6 +25,7 @@ from worker.backends.llama_sampling import Sampler
 from worker.backends.llama_vocab import Vocabulary
 from worker.backends.lookup import guess
 from worker.backends.prefill_pace import PrefillPace
+from worker.backends.prefixes import Tokens, common_length, token_array
 
 #: Prompt tokens of a batch that also decodes are as many as take so many seconds,
 #: within bounds: a stream pauses no longer, unless the machine is very slow. A CPU gains
@@ -59,7 +59,7 @@ class _Sequence:
     """
 
     spec: SequenceSpec
-    tokens: array[int]
+    tokens: Tokens
     sampler: Sampler
     remaining: int
     inspects: bool
@@ -172,7 +172,7 @@ class Scheduler:
         self._decoding.clear()
         self._waiting.clear()
 
-    def _guess(self) -> array[int]:
+    def _guess(self) -> Tokens:
         """How the answer may go on, where one sequence has the machine for itself."""
         if not self._draft_tokens or self._waiting or len(self._decoding) != 1:
             return token_array(())
@@ -182,7 +182,7 @@ class Scheduler:
         # The last token of an answer is never computed.
         return guess(sequence.tokens, min(self._draft_tokens, sequence.remaining - 1))
 
-    def _check_guesses(self, draft: array[int]) -> list[StepToken]:
+    def _check_guesses(self, draft: Tokens) -> list[StepToken]:
         """Sample row by row for as long as the guesses were what is sampled."""
         sequence = self._decoding[0]
         sequence.drafted = True

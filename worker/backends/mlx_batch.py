@@ -16,7 +16,6 @@ and all tokens that it has returned, the last one included.
 from __future__ import annotations
 
 import time
-from array import array
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -31,9 +30,7 @@ from worker.backends.mlx_prompts import (
     KVCaches,
     PromptCache,
     Snapshot,
-    Tokens,
     can_always_trim,
-    common_length,
 )
 from worker.backends.mlx_sampling import (
     LogitsProcessor,
@@ -42,6 +39,7 @@ from worker.backends.mlx_sampling import (
     create_sampler,
 )
 from worker.backends.prefill_pace import PrefillPace
+from worker.backends.prefixes import Tokens, common_length, token_array
 
 #: Prompt tokens of one sequence in one step, on a machine that is fast enough.
 PREFILL_CHUNK = 512
@@ -62,7 +60,7 @@ class _Sequence:
     computed: int = 0  # tokens of the prompt in the KV cache, with those found
     stops: list[int] = field(default_factory=list)  # where a snapshot will be taken
     logprobs: LogprobsTap | None = None
-    answer: Tokens = field(default_factory=lambda: array("i"))  # the tokens told so far
+    answer: Tokens = field(default_factory=lambda: token_array(()))  # the tokens told so far
 
     @property
     def begun(self) -> bool:
@@ -107,7 +105,7 @@ class SequenceBatch:
 
     def admit(self, spec: SequenceSpec) -> None:
         # Only the next step knows what arrived together.
-        self._waiting[spec.sequence_id] = _Sequence(spec, array("i", spec.prompt))
+        self._waiting[spec.sequence_id] = _Sequence(spec, token_array(spec.prompt))
 
     def step(self) -> list[StepToken]:
         if self._alone is not None and not self._waiting:

@@ -7,7 +7,6 @@ were what had been drawn. The small model guesses with the same draws.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -15,8 +14,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 from worker.backends.base import SequenceSpec
-from worker.backends.mlx_prompts import KVCaches, Snapshot, Tokens, common_length
+from worker.backends.mlx_prompts import KVCaches, Snapshot
 from worker.backends.mlx_sampling import Draw, LogitsProcessor, create_draw
+from worker.backends.prefixes import Tokens, common_length, token_array
 
 #: Prompt tokens that a draft model computes in a step that a stream waits for.
 CATCH_UP = 256
@@ -50,7 +50,7 @@ class DraftModel:
         self._last_token = rows - 1
         self._vocab_size = vocab_size
         self._cache: KVCaches = make_prompt_cache(model)
-        self._tokens: Tokens = array("i")  # in the cache
+        self._tokens = token_array(())  # in the cache
 
     def catch_up(self, tokens: Tokens) -> bool:
         """Compute a part of what is missing of a sequence; whether it was the last one."""

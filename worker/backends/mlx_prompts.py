@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import copy
 import os
-from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
@@ -24,17 +23,13 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-#: The tokens of a prompt, as a C array: compared by the memory block.
-Tokens: TypeAlias = "array[int]"
+from worker.backends.prefixes import MAX_KEPT, Tokens, common_length, token_array
+
 #: One cache object of mlx-lm per layer.
 KVCaches = list[Any]
 
-#: Entries kept at most: a look-up compares with each.
-MAX_ENTRIES = 64
 #: Part of the memory that the kept caches may take unless the load says how much.
 DEFAULT_SHARE = 1 / 8
-
-_STRIDE = 512
 
 
 def default_bytes() -> int:
@@ -44,16 +39,6 @@ def default_bytes() -> int:
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(memory * DEFAULT_SHARE)
-
-
-def common_length(one: Tokens, other: Tokens) -> int:
-    """How many tokens both begin with."""
-    length = min(len(one), len(other))
-    for start in range(0, length, _STRIDE):
-        end = min(start + _STRIDE, length)
-        if one[start:end] != other[start:end]:
-            return next(i for i in range(start, end) if one[i] != other[i])
-    return length
 
 
 def can_always_trim(model: Any, context_length: int) -> bool:
@@ -95,7 +80,7 @@ class Snapshot:
                 copies: Any = [each if each is None else mx.contiguous(each) for each in states]
                 part.cache = copies
         nbytes = sum(cache.nbytes for cache in caches)
-        return cls(array("i", tokens), caches, nbytes, can_trim_prompt_cache(caches))
+        return cls(token_array(tokens), caches, nbytes, can_trim_prompt_cache(caches))
 
     def usable(self, prompt: Tokens) -> int:
         """How many tokens of a prompt it saves; the last is always left to compute."""
@@ -116,7 +101,7 @@ class Snapshot:
 class PromptCache:
     """The snapshots used last, within ``max_bytes``."""
 
-    def __init__(self, max_bytes: int, max_entries: int = MAX_ENTRIES) -> None:
+    def __init__(self, max_bytes: int, max_entries: int = MAX_KEPT) -> None:
         self._max_bytes = max_bytes
         self._max_entries = max_entries
         self._entries: list[Snapshot] = []  # the one used last at the end

@@ -3,9 +3,10 @@
 import pytest
 
 pytest.importorskip("numpy")
-from worker.backends.llama_cells import CachedSequence, common_length, count_cells, token_array
+from worker.backends.llama_cells import CachedSequence, count_cells
 from worker.backends.llama_keep import Traits
 from worker.backends.llama_pool import KvPool, Match
+from worker.backends.prefixes import MAX_KEPT, common_length, token_array
 
 CELL_BYTES = 10
 
@@ -223,6 +224,15 @@ def test_no_bytes_keep_nothing() -> None:
     rig.once("a" * 100)
     assert rig.once("a" * 100) == 0
     assert rig.memory.saved == 0
+
+
+def test_no_more_are_kept_than_a_look_up_can_compare_with() -> None:
+    rig = Rig()
+    for number in range(MAX_KEPT + 1):
+        rig.once(chr(1000 + number))
+    assert rig.once(chr(1000) + "x") == 0
+    assert rig.once(chr(1000 + MAX_KEPT) + "x") == 1
+    assert rig.once(chr(1002) + "x") == 1
 
 
 def test_no_room_to_restore_is_a_miss() -> None:

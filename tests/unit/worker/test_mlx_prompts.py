@@ -15,9 +15,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache  # noqa: E402
 from worker.backends.mlx_prompts import (  # noqa: E402
     PromptCache,
     Snapshot,
-    Tokens,
-    common_length,
 )
+from worker.backends.prefixes import MAX_KEPT, Tokens, common_length  # noqa: E402
 
 #: Keys and values of one float32.
 BYTES_PER_TOKEN = 8
@@ -156,3 +155,11 @@ def test_bounds_hold_always(texts: list[str], room: int, entries: int, trimmable
         assert prompts.nbytes <= room * BYTES_PER_TOKEN
         if text and len(text) <= room:
             assert found(prompts, text + "!") is not None
+
+
+def test_small_ones_are_many() -> None:
+    texts = [f"{number:04}" for number in range(MAX_KEPT + 1)]
+    prompts = holding(*texts)
+    assert len(prompts) == MAX_KEPT
+    assert prompts.find(tokens(texts[0] + "x"))[1] == 3  # of another one
+    assert prompts.find(tokens(texts[1] + "x"))[1] == 4
