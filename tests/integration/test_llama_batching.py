@@ -265,6 +265,28 @@ def test_an_answer_taken_up_again_goes_on_the_same(
     assert answer(backend, rest) == whole[done:]
 
 
+def test_a_repetition_penalty_is_told_each_token_of_a_prompt_once(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is all that it depends on."""
+    told: Tokens = []
+    accept = llama_cpp.llama_sampler_accept
+
+    def spy(sampler: Any, token: int) -> None:
+        told.append(token)
+        accept(sampler, token)
+
+    prompt = text(12, 1) * 30
+    each = spec(prompt, max_tokens=40, sampling=Sampling(temperature=0, repetition_penalty=1.7))
+    monkeypatch.setattr(llama_cpp, "llama_sampler_accept", spy)
+    made = answer(backend, each)
+    assert sorted(told) == sorted(set(prompt))
+    monkeypatch.setattr("worker.backends.llama_sampling.set", list, raising=False)
+    told.clear()
+    assert answer(backend, each) == made
+    assert told == prompt
+
+
 def test_draws_at_different_positions_differ(cases: dict[str, Case]) -> None:
     hot = Sampling(temperature=9, seed=1)
     drawn = answer(cases["seeded"].alone, spec([5], max_tokens=60, sampling=hot))

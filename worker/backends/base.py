@@ -222,12 +222,13 @@ class Backend(Protocol):
         """Add a sequence. The caller keeps to ``Loaded.max_sequences``."""
 
     def step(self) -> list[StepToken]:
-        """Run one prefill chunk and/or one decode step; at most one token per sequence.
+        """Run one prefill chunk and/or one decode step.
 
-        An empty list means that only prefill work was done, if ``prefilled`` has grown, or
+        The tokens of a sequence come in order; there are several where guesses were
+        right, and none after one that ``is_end`` or is its last. An empty list means that only prefill work was done, if ``prefilled`` has grown, or
         nothing at all. A step takes seconds at most, however long a prompt is, unless the
-        machine is so slow that a few tokens take longer. A sequence whose
-        token ``is_end``, or that has ``max_tokens`` tokens, is gone afterwards.
+        machine is so slow that a few tokens take longer. A sequence whose token
+        ``is_end``, or that has ``max_tokens`` tokens, is gone afterwards.
         """
 
     def cancel(self, sequence_id: int) -> None:
