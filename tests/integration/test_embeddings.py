@@ -22,7 +22,8 @@ from tests.support.tiny_gguf import write_tiny_gguf
 CONTEXT = 128
 #: The library computes attention with 16-bit floats, not the same in every batch.
 CLOSE = 5e-4
-MODELS = ["mean", "cls", "unnamed", "last"]
+MODELS = ["mean", "cls", "unnamed", "last", "decoder-mean"]
+RANKERS = ["rank", "decoder-rank"]
 TEXTS = ["hello world", "the quick brown fox jumps over the lazy dog", "what is blue?", "sea"]
 
 
@@ -34,9 +35,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_tiny_bert(folder / "unnamed.gguf", pooling=None, context_length=CONTEXT)
     write_tiny_bert(folder / "rank.gguf", pooling="rank", context_length=CONTEXT)
     write_tiny_gguf(folder / "last.gguf", pooling="last", context_length=2048)
+    write_tiny_gguf(folder / "decoder-mean.gguf", pooling="mean", context_length=2048)
+    write_tiny_gguf(folder / "decoder-rank.gguf", pooling="rank", context_length=2048)
     write_tiny_gguf(folder / "chat.gguf")
     with serve(tmp_path_factory.mktemp("home"), "--models-dir", str(folder)) as server:
-        for model in (*MODELS, "rank", "chat"):
+        for model in (*MODELS, *RANKERS, "chat"):
             answer = server.load(model)
             assert answer.status_code == 200, answer.text
         yield server
@@ -199,14 +202,15 @@ def test_requests_share_batches(server: Server) -> None:
 # --- ranks ----------------------------------------------------------------------
 
 
-def test_ranks_are_in_order_and_independent(server: Server) -> None:
+@pytest.mark.parametrize("model", RANKERS)
+def test_ranks_are_in_order_and_independent(server: Server, model: str) -> None:
     documents: list[Any] = [
         "paris is the capital of france",
         {"text": "the lazy dog"},
         "blue sea",
         "",
     ]
-    body = {"model": "rank", "query": "what is the capital of france", "documents": documents}
+    body = {"model": model, "query": "what is the capital of france", "documents": documents}
     answer = server.http.post("/v1/rerank", json=body).json()
     scores = {each["index"]: each["relevance_score"] for each in answer["results"]}
     assert sorted(scores) == [0, 1, 2, 3]
@@ -216,8 +220,6 @@ def test_ranks_are_in_order_and_independent(server: Server) -> None:
         alone = server.http.post("/v1/rerank", json={**body, "documents": [document]}).json()
         assert alone["results"][0]["relevance_score"] == pytest.approx(scores[index], abs=CLOSE)
     assert "document" not in answer["results"][0]
-    tokens = 3 * len(documents) + 6 * len(documents) + 6 + 3 + 2
-    assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
     short = server.http.post(
         "/v1/rerank", json={**body, "top_n": 2, "return_documents": True}
     ).json()
@@ -226,8 +228,29 @@ def test_ranks_are_in_order_and_independent(server: Server) -> None:
     assert all(each["document"] == {"text": texts[each["index"]]} for each in short["results"])
 
 
-def test_a_query_decides_the_ranks(server: Server) -> None:
-    body = {"model": "rank", "documents": ["blue sea", "the lazy dog"]}
+def test_a_long_document_is_judged_in_parts(server: Server) -> None:
+    """Its beginning and its end count, and what is ranked beside it does not."""
+    words = "hello " * 700
+    documents = [words, f"Goodbye {words}", f"{words} what", "fox", words]
+    body = {"model": "decoder-rank", "query": "what", "documents": documents}
+    results = server.http.post("/v1/rerank", json=body).json()["results"]
+    scores = [each["relevance_score"] for each in sorted(results, key=lambda e: e["index"])]
+    assert scores[0] == pytest.approx(scores[4], abs=1e-6)
+    assert len({round(score, 6) for score in scores}) == 4
+    alone = server.http.post("/v1/rerank", json={**body, "documents": [words]}).json()
+    assert alone["results"][0]["relevance_score"] == pytest.approx(scores[0], abs=CLOSE)
+
+
+def test_the_query_counts_with_every_document(server: Server) -> None:
+    """``[CLS] query [SEP] document [SEP]``."""
+    body = {"model": "rank", "query": "blue sky", "documents": ["sea", "the fox"]}
+    answer = server.http.post("/v1/rerank", json=body).json()
+    assert answer["usage"] == {"prompt_tokens": 6 + 7, "total_tokens": 6 + 7}
+
+
+@pytest.mark.parametrize("model", RANKERS)
+def test_a_query_decides_the_ranks(server: Server, model: str) -> None:
+    body = {"model": model, "documents": ["blue sea", "the lazy dog"]}
     one = server.http.post("/v1/rerank", json={**body, "query": "fox"}).json()["results"]
     other = server.http.post("/v1/rerank", json={**body, "query": "paris berlin"}).json()["results"]
     assert {e["index"]: e["relevance_score"] for e in one} != {
@@ -270,7 +293,7 @@ def test_mlx_serves_generators_only(real_server: Server) -> None:
 
 def test_the_canary_is_on_record(server: Server) -> None:
     url = "/admin/models/compatibility"
-    for model in ("mean", "rank", "last"):
+    for model in ("mean", *RANKERS, "last"):
         (record,) = server.http.get(url, params={"model": model}).json()["records"]
         assert record["outcome"] == "pass"
         assert len(record["metadata"]["output_digest"]) == 64

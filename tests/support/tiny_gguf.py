@@ -36,6 +36,9 @@ _OTHER_NAMES = {
 }
 
 
+RERANK_TEMPLATE = "<|im_start|>{query}<|im_end|><|im_start|>{document}<|im_end|>yes or no?"
+
+
 def write_tiny_gguf(
     path: Path,
     *,
@@ -47,7 +50,7 @@ def write_tiny_gguf(
     chat_template: str | None = CHAT_TEMPLATE,
     extra_embedding_rows: int = 0,
     flaw: Flaw = "none",
-    pooling: Literal["mean", "last"] | None = None,
+    pooling: Literal["mean", "last", "rank"] | None = None,
 ) -> Path:
     """Write a GGUF with llama's tensors to `path`, and return it.
 
@@ -55,19 +58,32 @@ def write_tiny_gguf(
     misses its tensors, one that doesn't refuses it. `chat_template=None` leaves
     the template out. `extra_embedding_rows` makes the embedding disagree with
     the vocabulary, which llama.cpp refuses to load. With a `pooling` it is no
-    generator: each text becomes one vector.
+    generator: each text becomes one vector, or with "rank" a score, as qwen3 has it.
     """
     shape = Shape(hidden=hidden, layers=layers, context_length=context_length)
     vocab = tiny_vocab()
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, "qwen3" if pooling == "rank" else architecture)
     _add_shape(writer, shape, vocab)
     if pooling is not None:
         writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
     add_tokenizer(writer, vocab)
+    if pooling == "rank":
+        chat_template = None
+        writer.add_string("tokenizer.chat_template.rerank", RERANK_TEMPLATE)
+        writer.add_classifier_output_labels(["yes", "no"])
+        writer.add_key_length(shape.head_size)
+        writer.add_value_length(shape.head_size)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     tensors = tiny_weights(shape, vocab, seed=seed, extra_rows=extra_embedding_rows, flaw=flaw)
-    write_tensors(writer, {_gguf_name(name): tensor for name, tensor in tensors.items()})
+    named = {_gguf_name(name): tensor for name, tensor in tensors.items()}
+    if pooling == "rank":
+        for layer in range(layers):
+            for name in ("attn_q_norm", "attn_k_norm"):
+                named[f"blk.{layer}.{name}.weight"] = numpy.ones(shape.head_size, numpy.float32)
+        random = numpy.random.default_rng(seed)
+        named["cls.output.weight"] = random.normal(0, 0.05, (2, hidden)).astype(numpy.float32)
+    write_tensors(writer, named)
     return path
 
 

@@ -33,7 +33,13 @@ from worker.backends.base import (
     TokenTable,
 )
 from worker.backends.detokenize import ByteDetokenizer
-from worker.backends.llama_embedding import LlamaEmbedder, create_embedding_context, pooling_of
+from worker.backends.llama_embedding import (
+    LlamaEmbedder,
+    Pooling,
+    create_embedding_context,
+    default_length,
+    pooling_of,
+)
 from worker.backends.llama_library import LOG, not_served, refusal
 from worker.backends.llama_memory import MAX_SEQUENCES, NativeMemory, read_traits
 from worker.backends.llama_model import (
@@ -86,6 +92,8 @@ class LlamaBackend:
         self._closing.callback(llama_cpp.llama_model_free, model)
         context_length = choose_context_length(model, options.context_length)
         if (pooling := pooling_of(model, LOG.architecture)) is not None:
+            if options.context_length is None:
+                context_length = default_length(model, context_length, pooling)
             return self._load_embedder(path, model, context_length, options, pooling)
         context = create_context(model, context_length, options)
         if not context:
@@ -158,7 +166,7 @@ class LlamaBackend:
         self._closing.close()
 
     def _load_embedder(
-        self, path: Path, model: Any, context_length: int, options: Load, pooling: int
+        self, path: Path, model: Any, context_length: int, options: Load, pooling: Pooling
     ) -> Loaded:
         context = create_embedding_context(model, context_length, options, pooling)
         if not context:

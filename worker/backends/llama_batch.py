@@ -49,9 +49,9 @@ class DecodeBatch:
         self._outputs[row] = 1
         self.size = row + 1
 
-    def add_whole(self, tokens: Sequence[int], sequence: int) -> None:
-        """Append a whole sequence that is to be pooled: all of its tokens are outputs."""
-        self.add_prompt(tokens, 0, sequence, complete=True)
+    def add_pooled(self, tokens: Sequence[int], position: int, sequence: int) -> None:
+        """Append part of a sequence that is pooled: all of its tokens are outputs."""
+        self.add_prompt(tokens, position, sequence, complete=True)
         self._outputs[self.size - len(tokens) : self.size] = [1] * len(tokens)
 
     def add_prompt(
