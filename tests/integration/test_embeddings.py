@@ -15,9 +15,12 @@ import numpy
 import openai
 import pytest
 
+from protocol.messages import Load, Loaded
 from tests.support.server import Server, polls, serve, write_script
 from tests.support.tiny_bert import HIDDEN, write_tiny_bert
 from tests.support.tiny_gguf import write_tiny_gguf
+from worker.backends import create_backend, llama_embedding
+from worker.backends.base import EmbedInput, LoadRefused
 
 CONTEXT = 128
 #: The library computes attention with 16-bit floats, not the same in every batch.
@@ -256,6 +259,56 @@ def test_a_query_decides_the_ranks(server: Server, model: str) -> None:
     assert {e["index"]: e["relevance_score"] for e in one} != {
         e["index"]: e["relevance_score"] for e in other
     }
+
+
+# --- loads ----------------------------------------------------------------------
+
+
+def load(path: Path, **options: Any) -> Loaded:
+    """Load a model, and embed as long an input and as many as it takes."""
+    backend = create_backend("llama")
+    try:
+        model = backend.load(Load(str(path), **options), lambda fraction: None)
+        embedder = backend.embedder
+        assert embedder is not None
+        for batch in ([model.context_length], [1] * embedder.batch_sequences):
+            inputs = [EmbedInput([5] * tokens) for tokens in batch]
+            assert len(embedder.embed(inputs, lambda: None)) == len(batch)
+        return model
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("context_length", [1, 16, 511, 513, 600, 1000])
+@pytest.mark.parametrize("decoder", [False, True])
+def test_any_context_length(tmp_path: Path, context_length: int, decoder: bool) -> None:
+    path = tmp_path / "model.gguf"
+    if decoder:
+        write_tiny_gguf(path, pooling="last")
+    else:
+        write_tiny_bert(path, context_length=1024)
+    assert load(path, context_length=context_length).context_length == context_length
+
+
+def test_a_classifier_is_no_reranker(tmp_path: Path) -> None:
+    path = write_tiny_bert(tmp_path / "classifier.gguf", pooling="rank", classes=3)
+    with pytest.raises(LoadRefused, match="3 classes") as refused_:
+        load(path)
+    assert refused_.value.code == "model_unsupported_backend"
+
+
+def test_inputs_are_bounded_by_what_they_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless somebody asks for more, as much as the model was trained for."""
+    path = write_tiny_bert(tmp_path / "long.gguf", context_length=1024)
+    whole = load(path)
+    assert (whole.kind, whole.dimensions, whole.context_length) == ("embed", HIDDEN, 1024)
+    monkeypatch.setattr(llama_embedding, "_OUTPUT_BYTES", 4 * whole.vocab_size * 600)
+    assert load(path).context_length == 600
+    assert load(path, context_length=1024).context_length == 1024
+    with pytest.raises(LoadRefused, match="1024"):
+        load(path, context_length=1025)
 
 
 # --- the wrong kind of model ----------------------------------------------------

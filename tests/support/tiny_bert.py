@@ -46,10 +46,11 @@ def write_tiny_bert(
     context_length: int = 128,
     seed: int = 0,
     flaw: Flaw = "none",
+    classes: int = 1,
 ) -> Path:
     """Write the file and return its path. Without a `pooling`, the file does not name one.
 
-    With the flaw "same" every text gets the same vector.
+    With the flaw "same" every text gets the same vector. A reranker has one of the `classes`.
     """
     tokens = bert_tokens()
     writer = gguf.GGUFWriter(path, "bert")
@@ -65,6 +66,8 @@ def write_tiny_bert(
     writer.add_causal_attention(False)
     if pooling is not None:
         writer.add_pooling_type(_POOLING[pooling])
+    if classes > 1:
+        writer.add_classifier_output_labels([f"class {n}" for n in range(classes)])
     writer.add_tokenizer_model("bert")
     writer.add_token_type_count(2)
     writer.add_token_list(tokens)
@@ -75,7 +78,9 @@ def write_tiny_bert(
     writer.add_sep_token_id(tokens.index(SEP))
     writer.add_pad_token_id(tokens.index(PAD))
     writer.add_mask_token_id(tokens.index(MASK))
-    tensors = _tensors(len(tokens), context_length, seed, rank=pooling == "rank")
+    tensors = _tensors(
+        len(tokens), context_length, seed, classes=classes if pooling == "rank" else 0
+    )
     if flaw != "none":
         last = f"blk.{_LAYERS - 1}.layer_output_norm"
         tensors[f"{last}.weight"][:] = numpy.nan if flaw == "nan" else 0.0
@@ -84,7 +89,9 @@ def write_tiny_bert(
     return path
 
 
-def _tensors(vocab: int, context_length: int, seed: int, *, rank: bool) -> dict[str, numpy.ndarray]:
+def _tensors(
+    vocab: int, context_length: int, seed: int, *, classes: int
+) -> dict[str, numpy.ndarray]:
     random = numpy.random.default_rng(seed)
     tensors: dict[str, numpy.ndarray] = {}
 
@@ -111,7 +118,7 @@ def _tensors(vocab: int, context_length: int, seed: int, *, rank: bool) -> dict[
         linear(f"{block}.ffn_up", _FEED_FORWARD, HIDDEN)
         linear(f"{block}.ffn_down", HIDDEN, _FEED_FORWARD)
         norm(f"{block}.layer_output_norm")
-    if rank:
+    if classes:
         linear("cls", HIDDEN, HIDDEN)
-        linear("cls.output", 1, HIDDEN)
+        linear("cls.output", classes, HIDDEN)
     return tensors

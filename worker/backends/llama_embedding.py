@@ -93,7 +93,9 @@ def create_embedding_context(
     # the logits of all the others.
     params.pooling_type = _NONE if pooling.kind == _LAST and pooling.in_parts else pooling.kind
     params.n_seq_max = MAX_SEQUENCES
-    params.n_ctx = max(context_length, BATCH_SIZE)
+    # The library aborts on a batch that is no multiple of the sequences.
+    longest = max(context_length, BATCH_SIZE)
+    params.n_ctx = -(-longest // MAX_SEQUENCES) * MAX_SEQUENCES
     params.n_batch = params.n_ubatch = BATCH_SIZE if pooling.in_parts else params.n_ctx
     params.n_threads = threads
     params.n_threads_batch = threads
