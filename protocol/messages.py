@@ -250,6 +250,15 @@ class Started(Message, frozen=True):
     cached_tokens: int
 
 
+class Prefilled(Message, frozen=True):
+    """``computed`` of the ``total`` tokens of a prompt are in the KV cache, those found there
+    counted in. Told about once a second until the request has started."""
+
+    request_id: int
+    computed: int
+    total: int
+
+
 class Rejected(Message, frozen=True):
     """The request is at fault; nothing was generated for it."""
 
@@ -339,6 +348,7 @@ FromWorker = (
     | Loaded
     | LoadFailed
     | Accepted
+    | Prefilled
     | Started
     | Rejected
     | Step

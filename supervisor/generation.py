@@ -35,6 +35,7 @@ from protocol.messages import (
     LoadFailed,
     LoadProgress,
     Phase,
+    Prefilled,
     Rejected,
     Shutdown,
     Started,
@@ -235,6 +236,8 @@ class Generation:
             case Accepted():
                 self._watchdog.owes = False
                 self._requests.accept(message)
+            case Prefilled():
+                self._requests.prefilled(message)
             case Started():
                 self._requests.start(message)
             case Embedded():

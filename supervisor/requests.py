@@ -29,6 +29,7 @@ from protocol.messages import (
     InquiryAnswer,
     Job,
     Phase,
+    Prefilled,
     Rejected,
     Sampling,
     Started,
@@ -37,7 +38,7 @@ from protocol.messages import (
 )
 from supervisor.pace import Pace
 from supervisor.places import may_enter
-from supervisor.stream import RequestStream
+from supervisor.stream import Prefill, RequestStream
 
 #: How often a request may be given to a worker. The second crash under it may
 #: well be its own doing.
@@ -229,6 +230,12 @@ class RequestTable:
     def accept(self, message: Accepted) -> None:
         if (entry := self._entries.get(message.request_id)) is not None:
             entry.stream.accept(message.prompt_tokens)
+        else:
+            self._hear_of_given_up(message.request_id)
+
+    def prefilled(self, message: Prefilled) -> None:
+        if (entry := self._entries.get(message.request_id)) is not None:
+            entry.stream.prefill = Prefill(message.computed, message.total)
         else:
             self._hear_of_given_up(message.request_id)
 

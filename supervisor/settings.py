@@ -45,7 +45,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: Responses that clients may go on from, kept in memory; 0: none.
     response_store_max: int = 1000
     response_store_max_bytes: int = 64 * 1024 * 1024
-    sse_keepalive_s: float = 15.0
+    #: Silence on a stream after which something is sent that shows it is alive.
+    sse_keepalive_s: float = 5.0
     shutdown_grace_s: float = 5.0
 
     #: Sequences one worker runs at once; they share the KV cache.

@@ -26,6 +26,13 @@ class Chunk(NamedTuple):
     extras: Extras | None = None
 
 
+class Prefill(NamedTuple):
+    """How much of a prompt is computed, in tokens."""
+
+    computed: int
+    total: int
+
+
 #: Takes a piece of the answer at once, or says False: its client is behind.
 Sink = Callable[[str, Extras | None], bool]
 
@@ -48,6 +55,8 @@ class RequestStream:
         self.cached_tokens = 0
         #: Those of the completion tokens that are of the reasoning.
         self.reasoning_tokens = 0
+        #: While the prompt is being computed, what was last heard of that.
+        self.prefill: Prefill | None = None
         #: Seconds from the submission to the start of the answer; None: not started.
         self.started_after_s: float | None = None
         #: Seconds from the start of the answer to its end; 0 until then.
@@ -80,6 +89,7 @@ class RequestStream:
     def start(self, cached_tokens: int, after_s: float) -> None:
         """The worker has the prompt in its KV cache, ``cached_tokens`` of it from before."""
         self.cached_tokens = cached_tokens
+        self.prefill = None
         self.started_after_s = after_s
         self._started_at = time.monotonic()
 
@@ -153,6 +163,7 @@ class RequestStream:
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.reasoning_tokens = 0
+        self.prefill = None
         self.started_after_s = None
 
     @property

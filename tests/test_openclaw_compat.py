@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_script(folder, "broken", faults=[{"at": "load", "kind": "segfault"}])
     write_script(folder, "slow", load_delay_s=60.0)
     write_script(folder, "endless", repeat=True, step_delay_s=0.005)
-    write_script(folder, "reader", prefill_chunk=4, prefill_delay_s=0.2)
+    write_script(folder, "reader", prefill_chunk=1, prefill_delay_s=0.2)
     return folder
 
 
@@ -268,6 +269,19 @@ def test_hanging_up_cancels_what_runs(keyed: Server) -> None:
 
 def test_the_websocket_stays_alive_during_a_long_prompt(socket: ClientConnection) -> None:
     ask(socket, "a", "reader")
-    kinds = [frame["type"] for frame in frames(socket, "a")]
-    assert kinds[0] == "chat.keepalive"
-    assert kinds[-1] == "chat.done"
+    heard = [*frames(socket, "a")]
+    assert heard[0]["type"] == "chat.keepalive"
+    prefills = [frame["prefill"] for frame in heard if "prefill" in frame]
+    assert {prefill["total"] for prefill in prefills} == {12}
+    assert all(0 < prefill["computed"] < 12 for prefill in prefills)
+    assert heard[-1]["type"] == "chat.done"
+
+
+def test_a_stream_says_how_far_its_long_prompt_is(keyed: Server) -> None:
+    body = {"model": "reader", "messages": HELLO, "stream": True}
+    headers = {"X-Api-Key": KEY}
+    with keyed.http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+        assert answer.headers["x-accel-buffering"] == "no"
+        lines = [*answer.iter_lines()]
+    assert any(re.fullmatch(r": prefill \d+/12", line) for line in lines)
+    assert lines[-2:] == ["data: [DONE]", ""]

@@ -7,6 +7,7 @@ with a constraint after it was compiled. Nothing here blocks for long or knows t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from protocol.messages import (
     Job,
     Loaded,
     Phase,
+    Prefilled,
     Rejected,
     Started,
 )
@@ -39,6 +41,8 @@ from worker.vitals import Vitals
 #: Seconds that a step waits for a constraint when there is nothing else to do: so long
 #: may a message have to wait.
 COMPILE_WAIT_S = 0.02
+#: Seconds between two times that it is told how far the prompts are.
+TELL_PREFILL_S = 1.0
 
 
 class Progress(NamedTuple):
@@ -46,13 +50,15 @@ class Progress(NamedTuple):
 
     There is at most one delta per request. ``settled``: what became of requests for
     which ``submit`` had no answer; it comes before the rest. ``embedded``: of a model that
-    makes vectors, what there is instead of deltas.
+    makes vectors, what there is instead of deltas. ``prefilled``: how far prompts are,
+    now and then.
     """
 
     started: list[Started]
     deltas: list[Delta]
     settled: Sequence[Accepted | Rejected] = ()
     embedded: Sequence[Embedded] = ()
+    prefilled: Sequence[Prefilled] = ()
 
 
 class Engine:
@@ -70,6 +76,7 @@ class Engine:
         self._model = model
         self._vitals = vitals
         self._prefilled = backend.prefilled
+        self._prefill_told_at = float("-inf")
         self._queue = RequestQueue()
         self._waiting: dict[int, Answer] = {}
         self._running: dict[int, Answer] = {}
@@ -191,8 +198,10 @@ class Engine:
             deltas[sequence_id] = delta if before is None else _join(before, delta)
         if tokens or self._has_prefilled():
             self._vitals.advance()
+        # As of before the step: while all answers are under way, there is nothing to tell.
+        prefilled = self._tell_prefill() if self._vitals.phase is Phase.PREFILL else ()
         self._update_vitals()
-        return Progress(started, list(deltas.values()), settled)
+        return Progress(started, list(deltas.values()), settled, prefilled=prefilled)
 
     def close(self) -> None:
         """Leave the backend alone from now on, on other threads too."""
@@ -211,6 +220,19 @@ class Engine:
                 settled.append(self._enqueue(request, prepared, gated))
             self._vitals.advance()
         return settled
+
+    def _tell_prefill(self) -> Sequence[Prefilled]:
+        now = time.monotonic()
+        if now < self._prefill_told_at + TELL_PREFILL_S:
+            return ()
+        told = [
+            Prefilled(request_id, self._backend.computed(request_id), len(answer.spec.prompt))
+            for request_id, answer in self._running.items()
+            if not answer.sampled
+        ]
+        if told:
+            self._prefill_told_at = now
+        return told
 
     def _has_prefilled(self) -> bool:
         """Whether a step without tokens computed something: one that did not moves nothing."""

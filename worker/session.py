@@ -242,8 +242,8 @@ class Service:
 
     def _step(self) -> None:
         self._stepped = True
-        started, deltas, settled, embedded = self._engine.step()
-        for message in (*settled, *started, *embedded):
+        started, deltas, settled, embedded, prefilled = self._engine.step()
+        for message in (*settled, *started, *embedded, *prefilled):
             self._link.send(message)
         if deltas:
             self._link.send(Step(deltas))

@@ -331,8 +331,11 @@ class _Answer:
         return frames
 
     async def _ping(self) -> None:
+        frame = b'{"type":"chat.keepalive","id":%b' % self._id
+        if (prefill := self._stream.prefill) is not None:
+            frame += b',"prefill":{"computed":%d,"total":%d}' % prefill
         with contextlib.suppress(OSError):
-            await self._say(b'{"type":"chat.keepalive","id":%b}' % self._id)
+            await self._say(frame + b"}")
 
 
 def _id_of(data: bytes, running: dict[str | int, RequestStream]) -> str | int | None:

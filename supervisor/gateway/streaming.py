@@ -140,7 +140,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keep_alive = KeepAlive(
-            lambda: _send(send, self._events.keep_alive(), more=True),
+            lambda: _send(send, self._still_alive(), more=True),
             self._gateway.settings.sse_keepalive_s,
         )
         # Under another server than ours there is none, and all goes through ``send``.
@@ -172,6 +172,17 @@ class EventStream(Response):
             await _send(send, end, more=False)
         finally:
             last_call.stop()
+
+    def _still_alive(self) -> bytes:
+        """What the format has for it; a comment with how far the prompts are, if they are."""
+        told = self._events.keep_alive()
+        prefills = [stream.prefill for stream in self._streams if stream.prefill is not None]
+        if not prefills:
+            return told
+        computed, total = map(sum, zip(*prefills, strict=True))
+        comment = b": prefill %d/%d\n\n" % (computed, total)
+        # A comment alone will do; an event that stands for one may be waited for.
+        return comment if told is KEEP_ALIVE else comment + told
 
     async def _relay_all(self, send: Send, body: BodyWriter | None, keep_alive: KeepAlive) -> bytes:
         """Send everything but the end of what ended last, which is returned."""

@@ -383,6 +383,23 @@ def test_a_cancelled_prompt_leaves_what_was_computed(backend: Backend, alone: Ba
     assert_as_alone([first.token, *tokens(rest)], alone, long)
 
 
+def test_how_much_of_a_prompt_is_computed_is_known(backend: Backend) -> None:
+    running = spec(text(9, 1), sequence_id=1, max_tokens=40)
+    backend.admit(running)
+    while not backend.step():
+        pass
+    backend.admit(spec(text(400, 2), sequence_id=2))
+    backend.admit(spec(text(400, 3), sequence_id=3))
+    assert (backend.computed(2), backend.computed(3)) == (0, 0)
+    seen, before = [], backend.prefilled
+    while not any(token.sequence_id == 2 for token in backend.step()):
+        seen.append(backend.computed(2))
+        assert backend.computed(2) + backend.computed(3) == backend.prefilled - before
+    assert seen == sorted(set(seen))
+    assert 0 < seen[0] < seen[-1] < 400
+    backend.cancel(3)
+
+
 def test_cancel_before_anything_was_computed(backend: Backend, alone: Backend) -> None:
     each = spec(text(60, 1))
     backend.admit(each)

@@ -353,6 +353,16 @@ def test_a_chunk_takes_seconds_at_most_also_on_a_slow_machine(
     assert sizes[:11] == [FEWEST_TOKENS, *[chunk] * 10]
 
 
+def test_how_much_of_a_prompt_is_computed_is_known(backend: Backend) -> None:
+    backend.admit(spec(text(PREFILL_CHUNK + 100, 1)))
+    assert backend.computed(1) == 0
+    assert backend.step() == []
+    assert backend.computed(1) == backend.prefilled > 0
+    while not backend.step():
+        pass
+    backend.cancel(1)
+
+
 def test_prompts_share_a_chunk_while_others_run(backend: Backend) -> None:
     backend.admit(spec(text(5), 0, max_tokens=60))
     while not backend.step():

@@ -225,11 +225,15 @@ class Backend(Protocol):
         """Run one prefill chunk and/or one decode step.
 
         The tokens of a sequence come in order; there are several where guesses were
-        right, and none after one that ``is_end`` or is its last. An empty list means that only prefill work was done, if ``prefilled`` has grown, or
-        nothing at all. A step takes seconds at most, however long a prompt is, unless the
-        machine is so slow that a few tokens take longer. A sequence whose token
-        ``is_end``, or that has ``max_tokens`` tokens, is gone afterwards.
+        right, and none after one that ``is_end`` or is its last. An empty list means that
+        only prefill work was done, if ``prefilled`` has grown, or nothing at all. A step
+        takes seconds at most, however long a prompt is, unless the machine is so slow that
+        a few tokens take longer. A sequence whose token ``is_end``, or that has
+        ``max_tokens`` tokens, is gone afterwards.
         """
+
+    def computed(self, sequence_id: int) -> int:
+        """Tokens of the prompt of a sequence without an answer that are in the KV cache."""
 
     def cancel(self, sequence_id: int) -> None:
         """Drop a sequence; unknown ids are ignored (it may just have ended)."""

@@ -162,6 +162,9 @@ class LlamaBackend:
     def cancel(self, sequence_id: int) -> None:
         self._scheduler.cancel(sequence_id)
 
+    def computed(self, sequence_id: int) -> int:
+        return self._scheduler.computed(sequence_id)
+
     def close(self) -> None:
         self._closing.close()
 

@@ -165,6 +165,12 @@ class Scheduler:
                     self._end(sequence)
                     return
 
+    def computed(self, sequence_id: int) -> int:
+        for sequence in self._waiting:
+            if sequence.spec.sequence_id == sequence_id:
+                return int(sequence.cached.length)
+        return 0
+
     def close(self) -> None:
         """Release what belongs to the sequences; the context is the caller's."""
         for sequence in (*self._decoding, *self._waiting):

@@ -133,6 +133,9 @@ class MlxBackend:
     def cancel(self, sequence_id: int) -> None:
         self._batch.cancel(sequence_id)
 
+    def computed(self, sequence_id: int) -> int:
+        return int(self._batch.computed(sequence_id))
+
     def close(self) -> None:
         if self._batch is not None:
             self._batch.close()

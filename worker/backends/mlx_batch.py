@@ -139,6 +139,12 @@ class SequenceBatch:
                 del self._running[uid]
                 return
 
+    def computed(self, sequence_id: int) -> int:
+        for sequence in self._running.values():
+            if sequence.spec.sequence_id == sequence_id:
+                return sequence.computed
+        return 0
+
     def close(self) -> None:
         self._generator.close()
         self._waiting.clear()

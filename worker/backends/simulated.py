@@ -199,6 +199,10 @@ class SimulatedBackend:
         del self._prefilling[sequence_id]
         return True
 
+    def computed(self, sequence_id: int) -> int:
+        spec, _ = self._running[sequence_id]
+        return len(spec.prompt) - self._prefilling.get(sequence_id, 0)
+
     def cancel(self, sequence_id: int) -> None:
         self._running.pop(sequence_id, None)
         self._prefilling.pop(sequence_id, None)

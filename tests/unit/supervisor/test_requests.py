@@ -18,6 +18,7 @@ from protocol.messages import (
     Inquiry,
     InquiryAnswer,
     Phase,
+    Prefilled,
     Rejected,
     Sampling,
     Started,
@@ -26,7 +27,7 @@ from protocol.messages import (
     ToWorker,
 )
 from supervisor.requests import MAX_GIVEN_UP, Delivery, RequestTable
-from supervisor.stream import RequestStream
+from supervisor.stream import Prefill, RequestStream
 
 CRASHED = CodedError(ErrorCode.MODEL_CRASHED, "killed by SIGSEGV")
 
@@ -276,6 +277,25 @@ async def test_a_start_tells_what_was_cached_and_when() -> None:
     table.start(Started(worker.request_id(), 12))
     table.start(Started(99, 1))
     assert (stream.cached_tokens, stream.started_after_s) == (12, 3.5)
+
+
+async def test_how_far_a_prompt_is_is_known_until_the_answer_starts(table: RequestTable) -> None:
+    worker = Worker()
+    stream = open_on(table, worker)
+    table.prefilled(Prefilled(worker.request_id(), 10, 40))
+    table.prefilled(Prefilled(99, 1, 2))
+    assert stream.prefill == Prefill(10, 40)
+    table.start(Started(worker.request_id(), 0))
+    assert stream.prefill is None
+
+
+async def test_a_run_that_is_lost_has_computed_nothing(table: RequestTable) -> None:
+    worker = Worker()
+    stream = open_on(table, worker)
+    table.prefilled(Prefilled(worker.request_id(), 10, 40))
+    table.disconnect()
+    table.park(CRASHED)
+    assert stream.prefill is None
 
 
 async def test_a_run_that_is_lost_has_not_started(table: RequestTable) -> None:

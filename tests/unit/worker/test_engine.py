@@ -17,6 +17,7 @@ from protocol.messages import (
     Generate,
     Load,
     Phase,
+    Prefilled,
     Priority,
     Rejected,
     Sampling,
@@ -24,7 +25,7 @@ from protocol.messages import (
 )
 from worker.backends.base import SequenceSpec, StepToken, TokenMask, TokenTable
 from worker.backends.simulated import SimulatedBackend
-from worker.engine import Engine
+from worker.engine import TELL_PREFILL_S, Engine
 from worker.vitals import Vitals
 
 
@@ -280,6 +281,36 @@ def test_each_chunk_of_a_prompt_is_progress(tmp_path: Path) -> None:
         rig.engine.step()
         seen.append((rig.vitals.phase, rig.vitals.progress))
     assert seen == [(Phase.PREFILL, 1), (Phase.PREFILL, 2), (Phase.DECODE, 3)]
+
+
+def test_how_far_prompts_are_is_told_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("worker.engine.time.monotonic", lambda: now)
+    rig = Rig(tmp_path, tokens=["a"], repeat=True, prefill_chunk=2, max_sequences=2)
+    rig.engine.submit(Generate(1, prompt="12345678"))
+    told = [rig.engine.step().prefilled for _ in range(2)]
+    assert told == [[Prefilled(1, 2, 8)], ()]
+    now += TELL_PREFILL_S
+    assert rig.engine.step().prefilled == [Prefilled(1, 6, 8)]
+    now += TELL_PREFILL_S
+    # Its first token says it all.
+    assert not rig.engine.step().prefilled
+    # What decodes is not told, while another one is.
+    rig.engine.submit(Generate(2, prompt="1234"))
+    assert rig.engine.step().prefilled == [Prefilled(2, 2, 4)]
+
+
+def test_an_answer_under_way_takes_no_look_at_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, tokens=["a"], repeat=True)
+    rig.engine.submit(Generate(1, prompt="x"))
+    rig.engine.step()
+    monkeypatch.delattr("worker.engine.time.monotonic")
+    for _ in range(3):
+        assert rig.engine.step().deltas
 
 
 def test_steps_that_bring_nothing_are_no_progress_whoever_comes_and_goes(tmp_path: Path) -> None:

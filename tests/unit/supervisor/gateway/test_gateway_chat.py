@@ -16,6 +16,7 @@ from protocol.messages import FinishReason, Sampling
 from supervisor.gateway.openai.answers import ChatChunks
 from supervisor.gateway.streaming import encode_json
 from supervisor.metrics import Metrics
+from supervisor.stream import Prefill
 from tests.support.asgi import Exchange, MakeApp, events
 from tests.support.fake_fleet import FakeFleet
 
@@ -588,6 +589,31 @@ async def test_keep_alive_while_nothing_arrives(make_app: MakeApp, fleet: FakeFl
     submitted.say("a", FinishReason.STOP)
     await exchange.finish()
     assert exchange.bodies[1:3] == [b": keep-alive\n\n"] * 2
+    assert events(exchange.body)[-1] == "[DONE]"
+
+
+async def test_the_comment_says_how_far_the_prompt_is(make_app: MakeApp, fleet: FakeFleet) -> None:
+    fleet.script = None
+    exchange = Exchange(
+        make_app(sse_keepalive_s=0.01), "POST", CHAT, json=body(stream=True, n=2, max_tokens=5)
+    )
+    first, second = await fleet.request(0), await fleet.request(1)
+    for each in (first, second):
+        each.accept()
+    first.stream.prefill = Prefill(1024, 4096)
+    await exchange.wait_for_messages(3)
+    assert exchange.bodies[-1] == b": prefill 1024/4096\n\n"
+    second.stream.prefill = Prefill(10, 4096)
+    told = len(exchange.messages)
+    await exchange.wait_for_messages(told + 2)
+    assert exchange.bodies[-1] == b": prefill 1034/8192\n\n"
+    for each in (first, second):
+        each.start()
+    await exchange.wait_for_messages(len(exchange.messages) + 2)
+    assert exchange.bodies[-1] == b": keep-alive\n\n"
+    for each in (first, second):
+        each.finish()
+    await exchange.finish()
     assert events(exchange.body)[-1] == "[DONE]"
 
 

@@ -22,6 +22,7 @@ from protocol.messages import Delta, FinishReason
 from supervisor.gateway import chat_socket, server
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
+from supervisor.stream import Prefill
 from tests.support.fake_fleet import FakeFleet
 
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -312,7 +313,15 @@ async def test_keep_alive_frames_while_nothing_is_said(serve: Serve, fleet: Fake
         assert await hear(socket) == {"type": "chat.keepalive", "id": "a"}
         submitted = await fleet.request()
         submitted.accept()
-        assert await hear(socket) == {"type": "chat.keepalive", "id": "a"}
+        submitted.stream.prefill = Prefill(1024, 4096)
+        prefill = {"computed": 1024, "total": 4096}
+        while (frame := await hear(socket)) == {"type": "chat.keepalive", "id": "a"}:
+            pass
+        assert frame == {"type": "chat.keepalive", "id": "a", "prefill": prefill}
+        submitted.start()
+        while "prefill" in (frame := await hear(socket)):
+            pass
+        assert frame == {"type": "chat.keepalive", "id": "a"}
         submitted.finish()
         assert (await hear_all(socket))[-1]["type"] == "chat.done"
 
