@@ -202,14 +202,19 @@ class FaultyLink:
         if isinstance(message, Hello):
             self._greet(message)
             return
+        if not isinstance(message, Loaded):
+            self._link.send(message)
+            return
+        self._loaded = True
+        faults = list(self._plan.due(FaultPoint.LOADED))
+        if any(fault.kind is FaultKind.SILENT for fault in faults):
+            return
         self._link.send(message)
-        if isinstance(message, Loaded):
-            self._loaded = True
-            for fault in self._plan.due(FaultPoint.LOADED):
-                if fault.kind is FaultKind.TWICE:
-                    self._link.send(message)
-                else:
-                    cause(fault, self._link)
+        for fault in faults:
+            if fault.kind is FaultKind.TWICE:
+                self._link.send(message)
+            else:
+                cause(fault, self._link)
 
     def _greet(self, hello: Hello) -> None:
         replace = msgspec.structs.replace

@@ -21,18 +21,21 @@ def main() -> int:
         print(f"no case has {arguments.only!r} in its name; see --list", file=sys.stderr)
         return 2
     rows: list[Row] = []
-    with runner() as run:
-        for number, case in enumerate(chosen, 1):
-            started = time.monotonic()
-            row = run(case)
-            rows.append(row)
-            verdict = "skipped" if row.skipped else "BREACH" if row.breaches else "ok"
-            took_s = time.monotonic() - started
-            progress = f"[{number}/{len(chosen)}] {verdict:7} {row.name}  {took_s:.1f} s"
-            print(progress, file=sys.stderr, flush=True)
-    print(table(rows))
-    if arguments.json:
-        write_json(arguments.json, rows)
+    try:
+        with runner() as run:
+            for number, case in enumerate(chosen, 1):
+                started = time.monotonic()
+                row = run(case)
+                rows.append(row)
+                verdict = "skipped" if row.skipped else "BREACH" if row.breaches else "ok"
+                took_s = time.monotonic() - started
+                progress = f"[{number}/{len(chosen)}] {verdict:7} {row.name}  {took_s:.1f} s"
+                print(progress, file=sys.stderr, flush=True)
+    finally:
+        # Also of a run that was interrupted, or that the harness itself has broken.
+        print(table(rows))
+        if arguments.json:
+            write_json(arguments.json, rows)
     return 1 if any(row.breaches for row in rows) else 0
 
 

@@ -12,23 +12,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from tests.chaos.harness.case import VICTIM_SCRIPT, Run, judge_bystanders
+from tests.chaos.harness.case import judge_bystanders
+from tests.chaos.harness.clock import moved_before, moved_meanwhile
+from tests.chaos.harness.homes import ACCOUNTS, REGISTRY, check_nothing_set_aside
 from tests.chaos.harness.observe import Watcher
 from tests.chaos.harness.report import Row
 from tests.chaos.harness.rig import Rig, new_rig
-from tests.chaos.harness.specs import SCRIPTED, Case, FaultSpec, Phase, acts
+from tests.chaos.harness.specs import CALM_REAL, SCRIPTED, Case, FaultSpec, Phase, acts
+from tests.chaos.harness.victim import VICTIM_SCRIPT, Victim
 
 #: Until every worker of a dead supervisor is gone.
 ORPHANS_LIMIT_S = 5.0
 RECOVERY_LIMIT_S = 15.0
 DAY_S = 86_400.0
-
-REGISTRY = "compatibility-registry.json"
-ACCOUNTS = "failure-accounts.json"
 
 
 class Skipped(Exception):
@@ -55,7 +54,7 @@ def run_host_case(case: HostCase) -> Row:
         case.judge(row)
     except Skipped as reason:
         row.skipped = str(reason)
-    except (RuntimeError, AssertionError, OSError, subprocess.TimeoutExpired) as error:
+    except Exception as error:
         row.breach(f"{type(error).__name__}: " + " ".join(str(error).split())[-1000:])
     return row
 
@@ -63,13 +62,14 @@ def run_host_case(case: HostCase) -> Row:
 # --- the supervisor dies -----------------------------------------------------------
 
 
-def _killed(phase: Phase, *kinds: str) -> Callable[[Row], None]:
+def _killed(phase: Phase, *kinds: str, victim: str = "simulated") -> Callable[[Row], None]:
     """SIGKILL to the supervisor while its worker is in a phase, held there by ``kinds``."""
 
     def judge(row: Row) -> None:
-        spec = FaultSpec(row.fault, (phase,), acts(*kinds) if phase is not Phase.IDLE else ())
-        with new_rig() as rig:
-            run = Run(rig, Case(spec, phase, "simulated"), row, "victim")
+        real = victim != "simulated"
+        spec = CALM_REAL if real else FaultSpec(row.fault, (phase,), acts(*kinds))
+        with new_rig(real=real) as rig:
+            run = Victim(rig, Case(spec, phase, victim), "victim")
             run.approach()
             run.strike()
             run.watcher.stop()
@@ -86,21 +86,17 @@ def _killed(phase: Phase, *kinds: str) -> Callable[[Row], None]:
             restarted_at = time.monotonic()
             rig.boot_faults.unlink(missing_ok=True)
             rig.restart()
-            rig.must_load("victim")
+            path = {name: run.load_options[name] for name in run.load_options if name == "path"}
+            rig.must_load("victim", **path)
             row.recovered_s = time.monotonic() - restarted_at
             row.outcome = "serves again"
             if rig.server.model("victim")["readiness"]["crash_count"]:
                 row.breach("the death of the supervisor was counted against the model")
             if row.orphans and not rig.surplus(rig.calm_processes, timeout_s=1.0):
                 row.outcome += ", swept"
-            _check_nothing_set_aside(rig, row)
+            check_nothing_set_aside(rig, row)
 
     return judge
-
-
-def _check_nothing_set_aside(rig: Rig, row: Row) -> None:
-    if aside := [path.name for path in rig.home.glob("*.unreadable-*")]:
-        row.breach(f"state files were torn: {aside}")
 
 
 # --- what it finds at its start ----------------------------------------------------
@@ -192,7 +188,7 @@ def _while(
             accounts = json.loads((rig.home / ACCOUNTS).read_text())["accounts"]
             if not accounts or len(accounts[0]["failed_at"]) != 2:
                 row.breach(f"the failures did not reach the disk afterwards: {accounts}")
-            _check_nothing_set_aside(rig, row)
+            check_nothing_set_aside(rig, row)
 
     return judge
 
@@ -288,57 +284,17 @@ def _no_descriptors(rig: Rig) -> contextlib.AbstractContextManager[None]:
     return _limit(rig, resource.RLIMIT_NOFILE, 8)
 
 
-# --- the clock ------------------------------------------------------------------------
-
-
-def _clock(shift_s: float, *, expected: int) -> Callable[[Row], None]:
-    """Two failures, then a restart with their time stamps moved, then another failure."""
-
-    def judge(row: Row) -> None:
-        with new_rig() as rig:
-            rig.script("victim", **VICTIM_SCRIPT)
-            rig.must_load("victim")
-            for generation in (2, 3):
-                rig.server.kill_worker("victim")
-                rig.server.await_state("victim", "routable", generation=generation)
-            rig.server.stop()
-            _shift(rig.home / ACCOUNTS, shift_s)
-            _shift(rig.home / REGISTRY, shift_s)
-            restarted_at = time.monotonic()
-            rig.restart()
-            rig.must_load("victim")
-            row.recovered_s = time.monotonic() - restarted_at
-            counted = rig.server.model("victim")["readiness"]["crash_count"]
-            if counted != expected:
-                row.breach(f"{counted} failures are in the window, not {expected}")
-            rig.server.kill_worker("victim")
-            # Three within the window quarantine it.
-            row.outcome = "quarantined" if expected == 2 else "routable"
-            rig.server.await_state("victim", row.outcome, timeout_s=RECOVERY_LIMIT_S)
-            _check_nothing_set_aside(rig, row)
-
-    return judge
-
-
-def _shift(path: Path, seconds: float) -> None:
-    content = json.loads(path.read_text())
-
-    def move(value: Any, name: str = "") -> Any:
-        if isinstance(value, dict):
-            return {key: move(inner, key) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [move(inner, name) for inner in value]
-        return value + seconds if name in {"failed_at", "timestamp"} else value
-
-    path.write_text(json.dumps(move(content)))
-
-
 FUTURE = b'{"schema_version": 999, "records": "of another kind"}'
 
 HOST_CASES = [
     *(
         HostCase("supervisor SIGKILL", phase, _killed(phase, "hang"), quick=phase is Phase.DECODE)
         for phase in (*SCRIPTED, Phase.IDLE)
+    ),
+    *(
+        HostCase(f"supervisor SIGKILL, {victim}", phase, _killed(phase, victim=victim))
+        for victim in ("llama", "mlx")
+        for phase in (Phase.LOAD, Phase.DECODE)
     ),
     HostCase("supervisor SIGKILL, GIL held", "decode", _killed(Phase.DECODE, "hold_gil")),
     HostCase("supervisor SIGKILL, worker stopped", "decode", _killed(Phase.DECODE, "stop")),
@@ -368,6 +324,8 @@ HOST_CASES = [
     HostCase("read-only home", "run", _while(lambda rig: _read_only(rig.home), recovers=True)),
     HostCase("no file grows", "run", _while(_no_file_grows, recovers=True), quick=True),
     HostCase("no descriptors left", "run", _while(_no_descriptors, recovers=False), quick=True),
-    HostCase("clock a day ahead before", "restart", _clock(DAY_S, expected=2)),
-    HostCase("clock a day behind before", "restart", _clock(-DAY_S, expected=0)),
+    HostCase("clock a day ahead before", "restart", moved_before(DAY_S, expected=2)),
+    HostCase("clock a day behind before", "restart", moved_before(-DAY_S, expected=0)),
+    HostCase("clock set a day ahead", "run", moved_meanwhile(DAY_S), quick=True),
+    HostCase("clock set a day back", "run", moved_meanwhile(-DAY_S)),
 ]

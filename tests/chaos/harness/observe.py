@@ -32,9 +32,13 @@ _BETWEEN_ANSWERS_S = 0.1
 
 @dataclass(frozen=True)
 class Sighting:
-    """One answer of ``GET /admin/models/ID``; ``state`` is empty when it is not tracked."""
+    """One answer of ``GET /admin/models/ID``; ``state`` is empty when it is not tracked.
+
+    It was asked for at ``asked_at``, and there at ``at``.
+    """
 
     at: float
+    asked_at: float = 0.0
     state: str = ""
     generation: int = 0
     failures: int = 0
@@ -58,21 +62,23 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(WATCH_INTERVAL_S):
+            asked_at = time.monotonic()
             try:
                 status, view = ask_on(self._connection, "GET", self._path)
             except (OSError, http.client.HTTPException):
                 self._connection.close()
                 continue
-            self._see(view if status == 200 else None)
+            self._see(asked_at, view if status == 200 else None)
 
-    def _see(self, view: dict[str, Any] | None) -> None:
+    def _see(self, asked_at: float, view: dict[str, Any] | None) -> None:
         now = time.monotonic()
         if view is None:
-            self.sightings.append(Sighting(now))
+            self.sightings.append(Sighting(now, asked_at))
             return
         readiness = view["readiness"]
         seen = Sighting(
             at=now,
+            asked_at=asked_at,
             state=readiness["state"],
             generation=view["generation"],
             failures=readiness["crash_count"],
@@ -104,6 +110,11 @@ class Watcher(threading.Thread):
             if late:
                 return None
             time.sleep(WATCH_INTERVAL_S)
+
+    def last_asked_before(self, seen: Sighting) -> float:
+        """When the sighting before this one was asked for; what it told was true then."""
+        index = self.sightings.index(seen)
+        return self.sightings[index - 1].asked_at if index else 0.0
 
     def stop(self) -> None:
         self._over.set()

@@ -16,7 +16,9 @@ class Row:
     ``recovered_s`` is until the ``outcome`` was there: routable again, or the
     expected end. ``stall_s`` is the bystander's longest pause between two tokens,
     ``gap_p50_s`` and ``gap_p99_s`` are percentiles of all of them; ``calm_…`` is the
-    same of the same bystander when nothing was broken. None: does not apply.
+    same of the same bystander when nothing was broken. ``grown_mb`` is what the server
+    and its bystanders have more in the end, ``parts_s`` where the time of the victim's
+    last load went. None: does not apply.
     """
 
     fault: str
@@ -35,6 +37,8 @@ class Row:
     orphans: int = 0
     waiters: int = 0
     freed_mb: float | None = None
+    grown_mb: float | None = None
+    parts_s: dict[str, float] = dataclasses.field(default_factory=dict)
     breaches: list[str] = dataclasses.field(default_factory=list)
     skipped: str = ""
 
@@ -77,9 +81,25 @@ def summary(rows: Iterable[Row]) -> dict[str, object]:
             "p95": percentile(values, 95),
             "max": max(values, default=math.nan),
         }
+    found["crash_to_routable"] = _recoveries(ran)
     for name in ("lost", "orphans", "waiters"):
         found[name] = sum(getattr(row, name) or 0 for row in ran)
     return found
+
+
+def _recoveries(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """By victim: the medians of what is between a worker's end and the next one's traffic."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row.parts_s and row.outcome == "recovered":
+            times = {"detected": row.detected_s, **row.parts_s, "recovered": row.recovered_s}
+            for part, seconds in times.items():
+                if seconds is not None:
+                    found.setdefault(row.victim, {}).setdefault(part, []).append(seconds)
+    return {
+        victim: {part: percentile(values, 50) for part, values in parts.items()}
+        for victim, parts in found.items()
+    }
 
 
 _HEAD = (
@@ -131,6 +151,11 @@ def _summary_text(rows: Sequence[Row]) -> str:
         numbers = found[name]
         assert isinstance(numbers, dict)
         lines.append(f"{title:12}" + "".join(f"{number:9.3f}" for number in numbers.values()))
+    recoveries = found["crash_to_routable"]
+    assert isinstance(recoveries, dict)
+    for victim, parts in recoveries.items():
+        told = ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items())
+        lines.append(f"crash to routable, {victim} (p50): {told}")
     lines.append(
         f"{found['cases']} cases, {found['breached']} breached; bystander tokens lost "
         f"{found['lost']}, orphans {found['orphans']}, waiters left {found['waiters']}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from supervisor.footprint import footprint_bytes
 from tests.chaos.harness.observe import (
     COUNTING_SCRIPT,
     GREEDY,
@@ -54,13 +55,22 @@ STOP_LIMIT_S = 20.0
 class Rig:
     """A running server. ``folder`` holds scripts and models, ``home`` its state."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str], *, real: bool) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, str], *, real: bool, with_python: str = ""
+    ) -> None:
         self.folder = folder
+        #: See ``new_rig``.
+        self.shim_file = folder / "shim"
         self.home = folder / "home"
         self.boot_faults = folder / "boot-faults.json"
         self.real = real
         self.marker = uuid.uuid4().hex
         self._settings = {**(SHORT_REAL if real else SHORT), **settings}
+        if with_python:
+            (folder / "path").mkdir()
+            program = with_python.format(path=str(self.shim_file))
+            (folder / "path" / "sitecustomize.py").write_text(program)
+            self._settings["PYTHONPATH"] = str(folder / "path")
         self.server = self._start()
         self._answers: dict[tuple[str, str], str] = {}
 
@@ -98,6 +108,7 @@ class Rig:
             self.must_load(f"bystander-{kind}", path=str(self.model_file(kind)))
 
     def must_load(self, model_id: str, **options: object) -> None:
+        """Load it. Raises ``RuntimeError`` if that fails."""
         answer = self.server.load(model_id, **options)
         if answer.status_code != 200:
             raise RuntimeError(f"{model_id} does not load: {answer.text}\n{self.server.text}")
@@ -162,6 +173,17 @@ class Rig:
                 return 0
         return max(0, len(self.processes()) - expected)
 
+    def memory_mb(self) -> float:
+        """Of all of them together: their proportional set sizes."""
+        sizes = (footprint_bytes(process.pid) for process in self.processes())
+        return sum(size or 0 for size in sizes) / 1e6
+
+    def last_words(self) -> str:
+        """For a server that has ended, how; and the last that was heard of it."""
+        status = self.server.process.poll()
+        ended = "" if status is None else f"the server exited with {status}; "
+        return ended + " ".join("".join(self.server.output[-3:]).split())
+
     def kill_strays(self) -> None:
         """End what the server does not know any more, so that it is counted once."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -220,10 +242,12 @@ def new_rig(
     real: bool = False,
     prepare: Callable[[Path], contextlib.AbstractContextManager[None]] | None = None,
     settings: Mapping[str, str] = NO_SETTINGS,
+    with_python: str = "",
 ) -> Iterator[Rig]:
     """A rig in a temporary folder, with its bystanders' models loaded.
 
-    ``prepare`` is given the home before the server starts, and ended after it.
+    ``prepare`` is given the home before the server starts, and ended after it. All its
+    Pythons run ``with_python`` first, in which ``{path}`` is the rig's ``shim_file``.
     """
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     with contextlib.ExitStack() as stack:
@@ -231,7 +255,7 @@ def new_rig(
         if prepare is not None:
             (folder / "home").mkdir(mode=0o700)
             stack.enter_context(prepare(folder / "home"))
-        rig = Rig(folder, settings, real=real)
+        rig = Rig(folder, settings, real=real, with_python=with_python)
         stack.callback(rig.close)
         rig.load_bystanders()
         yield rig

@@ -36,11 +36,14 @@ class Expect(StrEnum):
 LOADING = (Phase.SPAWN, Phase.LOAD, Phase.CANARY)
 SERVING = (Phase.PREFILL, Phase.DECODE)
 #: Those in which a script of the simulated backend can strike.
-SCRIPTED = (*LOADING, *SERVING, Phase.UNLOAD)
+SCRIPTED = (*LOADING, *SERVING, Phase.IDLE, Phase.UNLOAD)
 WORKING = (Phase.LOAD, Phase.CANARY, *SERVING)
+ALIVE = (*WORKING, Phase.IDLE)
 
 #: A prompt with this word sets off what waits for a request.
 STRIKE = "strike"
+#: One that takes several steps to compute, see ``SLOW_PREFILL``.
+LONG_STRIKE = STRIKE + " after a long while" * 60
 #: Where a fault of a script is put to strike in a phase, see ``worker.faults``.
 PLACES: dict[Phase, dict[str, object]] = {
     Phase.SPAWN: {"at": "spawn"},
@@ -48,6 +51,7 @@ PLACES: dict[Phase, dict[str, object]] = {
     Phase.CANARY: {"at": "token", "n": 3},
     Phase.PREFILL: {"at": "prompt", "prompt_contains": STRIKE},
     Phase.DECODE: {"at": "token", "n": 5, "prompt_contains": STRIKE},
+    Phase.IDLE: {"at": "idle"},
     Phase.UNLOAD: {"at": "close"},
 }
 
@@ -59,9 +63,10 @@ class FaultSpec:
 
     ``kinds`` are the failure kinds under which it may be counted, ``codes`` how the
     load may be answered (empty: as the phase and ``hangs`` make it), ``within_s``
-    the longest that detection may take. ``settings`` are more settings of the server,
-    ``needs`` one without which the fault is not tried. ``quick`` are the phases of
-    the quick run.
+    the longest that detection may take; a ``plain`` death has its own, see ``case``.
+    ``prompt`` is what a request in prefill or decode asks. ``settings`` are more settings
+    of the server, ``needs`` one without which the fault is not tried. ``quick`` are the
+    phases of the quick run.
     """
 
     name: str
@@ -75,10 +80,17 @@ class FaultSpec:
     times: int | None = 1
     within_s: float = 1.0
     victims: tuple[str, ...] = ("simulated",)
+    prompt: str = STRIKE
     script: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
     needs: str = ""
     quick: tuple[Phase, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a death that nothing has to be waited for."""
+        deaths = {"signal", "exit"}
+        return self.expect is Expect.RECOVERS and not self.hangs and self.kinds <= deaths
 
 
 @dataclass(frozen=True)
@@ -120,26 +132,39 @@ HANG: dict[str, Any] = {
 }
 WIRE: dict[str, Any] = {
     "kinds": _kinds("protocol"),
-    "phases": (Phase.LOAD, Phase.CANARY, Phase.DECODE),
+    "phases": (Phase.SPAWN, *ALIVE),
 }
 HELLO: dict[str, Any] = {"phases": (Phase.SPAWN,), "kinds": _kinds("protocol")}
 REAL: dict[str, Any] = {"victims": ("llama", "mlx")}
 OUTSIDE = (Phase.SPAWN, Phase.LOAD, Phase.CANARY, Phase.PREFILL, Phase.DECODE, Phase.IDLE)
 BACKEND = _kinds("backend_exception", "loader")
 _GROWTH = 16 * 1024**2
+#: Six seconds for the long prompt, three times the limit; a moment for a short one.
+SLOW_PREFILL: dict[str, Any] = {
+    "prompt": LONG_STRIKE,
+    "script": {"prefill_chunk": 60, "prefill_delay_s": 0.3},
+}
 #: Growing to the limit takes a second, in which the phase must not end.
 MEMORY: dict[str, Any] = {
     "kinds": _kinds("memory"),
     "within_s": 8.0,
     "settings": {"OPTA_LMX_WORKER_MEMORY_LIMIT_BYTES": str(400 * 1024**2)},
     "needs": "worker_memory_limit_bytes",
-    "script": {"load_delay_s": 3.0, "step_delay_s": 0.1},
+    "prompt": LONG_STRIKE,
+    "script": {
+        **{"load_delay_s": 3.0, "step_delay_s": 0.1},
+        **{"prefill_chunk": 60, "prefill_delay_s": 0.15},
+    },
 }
+
+#: The same without a fault, for what the phase itself does to the bystanders.
+CALM = FaultSpec("none", SCRIPTED, acts("mark"), expect=Expect.UNHARMED)
+CALM_REAL = FaultSpec("none", SCRIPTED, number=signal.Signals.SIGURG, expect=Expect.UNHARMED)
 
 FAULTS = [
     # --- sudden death ---
     FaultSpec("SIGKILL", SCRIPTED, acts("kill"), quick=SCRIPTED),
-    FaultSpec("SIGSEGV", SCRIPTED, acts("segfault"), quick=(Phase.LOAD, Phase.DECODE)),
+    FaultSpec("SIGSEGV", SCRIPTED, acts("segfault"), quick=(Phase.DECODE,)),
     FaultSpec("SIGABRT", SCRIPTED, acts("abort")),
     FaultSpec("SIGBUS", SCRIPTED, acts("bus")),
     FaultSpec(
@@ -147,10 +172,8 @@ FAULTS = [
         SCRIPTED,
         acts("exit", status=0),
         kinds=_kinds("exit"),
-        quick=(Phase.LOAD, Phase.DECODE),
+        quick=(Phase.LOAD,),
     ),
-    FaultSpec("SIGKILL", (Phase.IDLE,), number=signal.SIGKILL, quick=(Phase.IDLE,)),
-    FaultSpec("SIGSEGV", (Phase.IDLE,), number=signal.SIGSEGV),
     FaultSpec("SIGTERM", (Phase.IDLE,), number=signal.SIGTERM, kinds=_kinds("signal", "exit")),
     FaultSpec(
         "crash after Loaded",
@@ -169,7 +192,8 @@ FAULTS = [
         within_s=15.0,
         quick=(Phase.LOAD,),
     ),
-    FaultSpec("exception", WORKING, acts("raise"), kinds=BACKEND, quick=SERVING),
+    FaultSpec("exception", ALIVE, acts("raise"), kinds=BACKEND, quick=(Phase.DECODE,)),
+    FaultSpec("exception", (Phase.SPAWN,), acts("raise"), kinds=_kinds("exit")),
     FaultSpec(
         "refusal",
         (Phase.LOAD,),
@@ -181,10 +205,9 @@ FAULTS = [
     ),
     # --- standing still ---
     FaultSpec("SIGSTOP", SCRIPTED, acts("stop"), quick=(Phase.DECODE,), **HANG),
-    FaultSpec("SIGSTOP", (Phase.IDLE,), number=signal.SIGSTOP, **HANG),
     FaultSpec("GIL held", SCRIPTED, acts("hold_gil"), quick=(Phase.PREFILL,), **HANG),
     FaultSpec("GIL held until the dump", WORKING, acts("doze"), **HANG),
-    FaultSpec("frozen, beats on", SCRIPTED, acts("hang"), quick=(Phase.LOAD,), **HANG),
+    FaultSpec("frozen, beats on", SCRIPTED, acts("hang"), quick=(Phase.LOAD, Phase.IDLE), **HANG),
     FaultSpec("SIGTERM ignored, frozen", SCRIPTED, acts("ignore_term", "hang"), quick=(), **HANG),
     FaultSpec(
         "SIGTERM ignored",
@@ -201,16 +224,24 @@ FAULTS = [
         quick=(Phase.LOAD,),
     ),
     FaultSpec(
+        "slow prefill that advances",
+        (Phase.PREFILL,),
+        acts("mark"),
+        expect=Expect.UNHARMED,
+        quick=(Phase.PREFILL,),
+        **SLOW_PREFILL,
+    ),
+    FaultSpec(
         "GIL held for a while",
-        SERVING,
+        (*SERVING, Phase.IDLE),
         acts("hold_gil", seconds=1),
         expect=Expect.UNHARMED,
         quick=(Phase.DECODE,),
     ),
     # --- memory and output ---
-    FaultSpec("failed allocation", WORKING, acts("exhaust"), kinds=BACKEND, quick=(Phase.DECODE,)),
-    FaultSpec("memory growth", (Phase.LOAD,), acts("grow", size=_GROWTH), **MEMORY),
-    FaultSpec("memory growth", (Phase.DECODE,), acts("grow", size=_GROWTH), **MEMORY),
+    FaultSpec("failed allocation", ALIVE, acts("exhaust"), kinds=BACKEND, quick=(Phase.DECODE,)),
+    FaultSpec("failed native allocation", ALIVE, acts("exhaust_native"), quick=(Phase.LOAD,)),
+    FaultSpec("memory growth", WORKING, acts("grow", size=_GROWTH), **MEMORY),
     FaultSpec(
         "memory growth",
         (Phase.IDLE,),
@@ -220,19 +251,27 @@ FAULTS = [
     ),
     FaultSpec(
         "output flood",
-        (*WORKING, Phase.UNLOAD),
+        SCRIPTED,
         acts("flood", seconds=2),
         expect=Expect.UNHARMED,
         quick=(Phase.DECODE,),
     ),
     FaultSpec("helper holds the pipes", SCRIPTED, acts("helper", "kill"), quick=(Phase.DECODE,)),
-    FaultSpec("detached helper", (Phase.DECODE, Phase.UNLOAD), acts("detached_helper", "kill")),
+    FaultSpec(
+        "detached helper", (Phase.DECODE, Phase.IDLE, Phase.UNLOAD), acts("detached_helper", "kill")
+    ),
+    FaultSpec(
+        "detached helper that floods",
+        SCRIPTED,
+        acts("flooding_helper", "kill"),
+        quick=(Phase.DECODE,),
+    ),
     FaultSpec("helper, then SIGSTOP", (Phase.DECODE,), acts("helper", "stop"), **HANG),
     # --- on the wire ---
     FaultSpec("corrupt frame", acts=acts("corrupt_frame"), quick=(Phase.DECODE,), **WIRE),
     FaultSpec("empty frame", acts=acts("empty_frame"), **WIRE),
     FaultSpec("truncated frame", acts=acts("truncated_frame"), quick=(Phase.LOAD,), **WIRE),
-    FaultSpec("wrong tag", acts=acts("wrong_tag"), quick=(Phase.DECODE,), **WIRE),
+    FaultSpec("wrong tag", acts=acts("wrong_tag"), **WIRE),
     FaultSpec(
         "oversized frame",
         acts=acts("oversized_frame", size=256 * 1024**2),
@@ -241,12 +280,20 @@ FAULTS = [
         **{**WIRE, "within_s": 4.0},
     ),
     FaultSpec(
+        "frames of a dead generation",
+        # The requests that it speaks of run again, under the same ids.
+        SERVING,
+        acts("ghost", "kill"),
+        quick=(Phase.PREFILL,),
+    ),
+    FaultSpec(
         "late frames",
-        WORKING,
+        ALIVE,
         acts("stale_frames"),
         expect=Expect.UNHARMED,
         quick=(Phase.DECODE,),
     ),
+    FaultSpec("no Loaded", (Phase.LOAD,), acts("silent", at="loaded"), quick=(), **HANG),
     FaultSpec(
         "Loaded twice",
         (Phase.CANARY,),
@@ -280,6 +327,7 @@ FAULTS = [
         "SIGKILL", (*OUTSIDE, Phase.UNLOAD), number=signal.SIGKILL, quick=(Phase.DECODE,), **REAL
     ),
     FaultSpec("SIGSEGV", OUTSIDE, number=signal.SIGSEGV, quick=(), **REAL),
+    FaultSpec("SIGABRT", OUTSIDE, number=signal.SIGABRT, quick=(), **REAL),
     FaultSpec("SIGSTOP", OUTSIDE, number=signal.SIGSTOP, **{**REAL, **HANG, "within_s": 14.0}),
     FaultSpec(
         "ggml abort by a bad file",
