@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
@@ -381,3 +381,38 @@ def test_an_inquiry_outlives_its_worker(scripted: Server) -> None:
         told = connection.getresponse()
         assert (told.status, json.load(told)) == (200, {"input_tokens": 9})
     assert scripted.model("talker")["generation"] == generation + 1
+
+
+# --- structured output and forced calls, enforced on real models --------------------
+
+
+class Person(pydantic.BaseModel):
+    first: Literal["Ann", "Bob"]
+    old: bool
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_the_parse_helper_gets_its_type_of_a_real_model(
+    real: anthropic.Anthropic, model: str
+) -> None:
+    hot = {"temperature": 1.0, "seed": 3}
+    message = real.messages.parse(
+        model=model, max_tokens=100, messages=HI, output_format=Person, extra_body=hot
+    )
+    assert isinstance(message.parsed_output, Person)
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_a_call_can_be_forced(real: anthropic.Anthropic, model: str) -> None:
+    tool: Any = {"name": "ping", "input_schema": {"type": "object", "properties": {}}}
+    message = real.messages.create(
+        model=model,
+        max_tokens=200,
+        messages=HI,
+        tools=[tool],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+    )
+    assert message.stop_reason == "tool_use"
+    [call] = message.content
+    assert call.type == "tool_use"
+    assert call.name == "ping"

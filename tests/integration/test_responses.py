@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from openai.types.responses import ResponseStreamEvent
 
@@ -300,3 +301,36 @@ def test_a_whole_answer_is_cancelled(scripted: openai.OpenAI, server: Server) ->
         scripted.responses.create(model="counter", input="Hi", extra_headers=headers)
     canceller.join()
     assert (cancelled.value.status_code, cancelled.value.code) == (499, "request_cancelled")
+
+
+# --- structured output and forced calls, enforced on real models --------------------
+
+
+@pytest.mark.parametrize("model", ["demo", *REAL])
+def test_the_parse_helper_gets_its_type_of_a_real_model(client: openai.OpenAI, model: str) -> None:
+    class Person(pydantic.BaseModel):
+        first: Literal["Ann", "Bob"]
+        old: bool
+
+    response = client.responses.parse(
+        model=model, input="Hello", text_format=Person, temperature=1.5, max_output_tokens=100
+    )
+    assert isinstance(response.output_parsed, Person)
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_a_call_can_be_forced(client: openai.OpenAI, model: str) -> None:
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    tool: Any = {**WEATHER, "parameters": nothing}
+    response = client.responses.create(
+        model=model,
+        input="Hello",
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=1.5,
+        max_output_tokens=200,
+    )
+    [call] = response.output
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", {})

@@ -109,8 +109,9 @@ def verdict(call: Call, status: int, found: dict[str, Any]) -> str:
 
 
 def stream_call(port: int, body: object, expected: str | None) -> Call:
-    """``whole``: all of ``expected`` (None: any text) and a proper end; ``error:CODE``: one error event at
-    the end; ``refused:CODE``; everything else is a broken promise, told in words."""
+    """``whole``: all of ``expected`` (None: any text) and a proper end; ``error:CODE``: one
+    error event at the end; ``refused:CODE``; everything else is a broken promise, told in
+    words."""
 
     def wait(call: Call) -> str:
         text, finished, last = "", False, ""
