@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from importlib import metadata
 from typing import Any
 
 from starlette.responses import Response
@@ -34,6 +35,7 @@ from supervisor.gateway.openai.responses_stored import (
     get_response,
     list_input_items,
 )
+from supervisor.gateway.openapi import OPENAPI, describe
 from supervisor.gateway.rerank import rerank
 from supervisor.gateway.running import RunningCalls
 from supervisor.gateway.websocket import CHAT_STREAM
@@ -55,8 +57,11 @@ def create_app(fleet: Fleet, settings: Settings, metrics: Metrics) -> ASGIApp:
         finally:
             await fleet.stop()
 
+    routes = _routes(gateway)
+    documented: Mapping[Method, Handler] = {"GET": describe(routes, metadata.version("opta-lmx"))}
+    routes.append(Route(OPENAPI, Endpoint(gateway, Side.OPEN, OPENAPI, documented)))
     return Router(
-        _routes(gateway),
+        routes,
         redirect_slashes=False,
         default=_fallback(gateway),
         lifespan=lifespan,

@@ -92,6 +92,14 @@ class Endpoint:
         if "GET" in self._handlers:
             self._handlers["HEAD"] = self._handlers["GET"]
 
+    @property
+    def side(self) -> Side:
+        return self._side
+
+    @property
+    def methods(self) -> list[str]:
+        return list(self._handlers)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = Call(scope, receive)
         try:
