@@ -27,7 +27,7 @@ TEMPLATE = "{% if tools %}<tool_call>{{ tool_call.name }}{% endif %}"
 
 #: Fields that are refused, or nearly always wrong with what a schema knows of them.
 REFUSED = (
-    *("previous_response_id", "background", "conversation", "include", "text", "prompt"),
+    *("previous_response_id", "background", "conversation", "include", "text"),
     *("functions", "function_call", "modalities", "audio", "prediction", "verbosity"),
     *("web_search_options", "suffix", "best_of", "tools", "tool_choice", "response_format"),
     *("top_logprobs", "chat_template_kwargs"),
@@ -117,9 +117,10 @@ def take_aim(body: dict[str, Any], aim: Aim) -> None:
         return
     for name in REFUSED:
         body.pop(name, None)
-    for turn in body.get("messages") or ():
-        if isinstance(turn, dict):
-            for name in ("function_call", "audio", "tool_calls"):
-                turn.pop(name, None)
-            if not isinstance(turn.get("content"), str):
-                turn["content"] = "Hi"
+    if "input" in body:
+        body.pop("prompt", None)
+    for name in ("prompt", "input"):
+        if name in body:
+            body[name] = "Hi"
+    if "messages" in body:
+        body["messages"] = [{"role": "user", "content": "Hi"}]
