@@ -1,8 +1,10 @@
 """The supervisor's side of the wire to one worker generation: the only zmq here.
 
 A fresh pair of sockets per generation, so that nothing of an earlier one can
-ever arrive. Frames are read raw by a reader on the socket's descriptor and
-decoded afterwards; the reader always empties the socket.
+ever arrive, not even for a request that runs again. Within a generation every frame
+arrives once and in order, by the transport: what a worker says twice it has made twice,
+which no number on the frame would show. Frames are read raw by a reader on the socket's
+descriptor and decoded afterwards; the reader always empties the socket.
 """
 
 from __future__ import annotations

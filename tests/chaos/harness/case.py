@@ -99,11 +99,12 @@ class Run(Victim):
         struck_at = self.strike()
         if self.phase is Phase.IDLE and not self.real:
             # A worker that does not take it up is found by this.
-            self.others = [self.ask_something()]
+            self.late = [self.ask_something()]
         try:
             self._judge(before, struck_at)
         finally:
-            unanswered = [call for call in (answered, *self.others) if not call.answered()]
+            waiters = (answered, *self.others, *self.late)
+            unanswered = [call for call in waiters if not call.answered()]
             self.row.waiters += len(unanswered)
             if unanswered:
                 self.row.breach(f"{len(unanswered)} who waited in {self.phase} were not answered")
@@ -232,8 +233,13 @@ class Run(Victim):
 
     def _judge_answers(self, call: Call) -> None:
         expected = self._expected_answers()
+        judged = [(call, expected)]
         others = self._expected_of_others(expected)
-        for who, allowed in ((call, expected), *((other, others) for other in self.others)):
+        judged += [(other, others) for other in self.others]
+        # The refusal says when to come again; a hang is not known yet.
+        down = set() if self.spec.hangs else {"refused:model_not_ready"}
+        judged += [(late, others | down) for late in self.late]
+        for who, allowed in judged:
             if who.answer not in allowed:
                 self.row.breach(
                     f"a call in {self.phase} was answered {who.answer}, not "
@@ -246,9 +252,6 @@ class Run(Victim):
             return expected | {"answered", "refused:model_unstable"}
         if self.phase is Phase.UNLOAD:
             return {"answered", "refused:model_not_found"}
-        if self.phase is Phase.IDLE and self.spec.plain:
-            # It is known to be dead: the refusal says when to come again.
-            return {"answered", "refused:model_not_ready"}
         # Nothing of their answers was seen: they run again.
         return {"answered"}
 

@@ -138,7 +138,7 @@ HELLO: dict[str, Any] = {"phases": (Phase.SPAWN,), "kinds": _kinds("protocol")}
 REAL: dict[str, Any] = {"victims": ("llama", "mlx")}
 OUTSIDE = (Phase.SPAWN, Phase.LOAD, Phase.CANARY, Phase.PREFILL, Phase.DECODE, Phase.IDLE)
 BACKEND = _kinds("backend_exception", "loader")
-_GROWTH = 16 * 1024**2
+_GROWTH = 32 * 1024**2
 #: Six seconds for the long prompt, three times the limit; a moment for a short one.
 SLOW_PREFILL: dict[str, Any] = {
     "prompt": LONG_STRIKE,
@@ -274,7 +274,7 @@ FAULTS = [
     FaultSpec("wrong tag", acts=acts("wrong_tag"), **WIRE),
     FaultSpec(
         "oversized frame",
-        acts=acts("oversized_frame", size=256 * 1024**2),
+        acts=acts("oversized_frame", size=64 * 1024**2),
         quick=(Phase.DECODE,),
         # It takes its time to cross.
         **{**WIRE, "within_s": 4.0},
@@ -328,7 +328,7 @@ FAULTS = [
     ),
     FaultSpec("SIGSEGV", OUTSIDE, number=signal.SIGSEGV, quick=(), **REAL),
     FaultSpec("SIGABRT", OUTSIDE, number=signal.SIGABRT, quick=(), **REAL),
-    FaultSpec("SIGSTOP", OUTSIDE, number=signal.SIGSTOP, **{**REAL, **HANG, "within_s": 14.0}),
+    FaultSpec("SIGSTOP", OUTSIDE, number=signal.SIGSTOP, **{**REAL, **HANG, "within_s": 16.0}),
     FaultSpec(
         "ggml abort by a bad file",
         (Phase.LOAD,),

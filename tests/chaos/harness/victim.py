@@ -21,12 +21,16 @@ VICTIM_SCRIPT: dict[str, object] = {
     "prefill_delay_s": 0.02,
     "load_delay_s": 0.1,
 }
-REAL_ANSWER: dict[str, object] = {"temperature": 0, "max_tokens": 1200, "ignore_eos": True}
-#: Long enough for its prefill to be struck.
-LONG_PROMPT = "Once more unto the breach, dear friends. " * 120
+REAL_ANSWER: dict[str, object] = {"temperature": 0, "ignore_eos": True}
+#: An answer that lasts until it is struck, and a prompt whose prefill does: tokens of the
+#: one, repetitions of the other. Beside one another on two cores, a tiny model on MLX makes
+#: some hundred tokens a second, on llama.cpp thousands.
+REAL_SIZES = {"llama": (1200, 120), "mlx": (400, 40)}
+LONG_PROMPT = "Once more unto the breach, dear friends. "
 
-#: Requests besides the one that is struck: with it, more than a worker has slots.
-OTHERS = 5
+#: Requests that the worker has when the one to be struck comes, and that come after it:
+#: together, more than it has slots. Those that come after may come too late.
+EARLIER, LATER = 3, 2
 
 
 class CaseError(Exception):
@@ -37,7 +41,7 @@ class Victim:
     """From its script until it is struck. ``calls`` are all who wait for an answer.
 
     ``others`` are those of them who only happen to be there: they join a load, or ask
-    something while a request is struck.
+    something while a request is struck. ``late`` ones may find the model down already.
     """
 
     def __init__(self, rig: Rig, case: Case, model_id: str) -> None:
@@ -46,6 +50,7 @@ class Victim:
         self.real = case.victim != "simulated"
         self.calls: list[Call] = []
         self.others: list[Call] = []
+        self.late: list[Call] = []
         self.request: Call | None = None
         self._traces: list[Path] = []
         self.load_options: dict[str, object] = {"model_id": model_id}
@@ -96,15 +101,18 @@ class Victim:
         options: dict[str, object] = {}
         expected: str | None = "".join(VICTIM_TOKENS)
         if self.real:
-            prompt = LONG_PROMPT if self.phase is Phase.PREFILL else STRIKE
-            options = REAL_ANSWER
+            max_tokens, repetitions = REAL_SIZES[self.case.victim]
+            prompt = LONG_PROMPT * repetitions if self.phase is Phase.PREFILL else STRIKE
+            options = {**REAL_ANSWER, "max_tokens": max_tokens}
             # Beside others its logits differ in the last bits, which may turn a token.
             expected = None
+        elif self.phase in SERVING:
+            self.others = [self.ask_something() for _ in range(EARLIER)]
+            self.watcher.first(lambda seen: seen.in_flight >= EARLIER, timeout_s=1.0)
         body = chat_body(self.model_id, prompt, **options)
         self.request = stream_call(self.rig.port, body, expected)
         self.calls.append(self.request)
-        if self.phase in SERVING:
-            self.others = [self.ask_something() for _ in range(OTHERS)]
+        self.late = [self.ask_something() for _ in range(LATER)]
         return self.request
 
     def call(self, path: str, body: object) -> Call:
