@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,6 +26,9 @@ from supervisor.marks import MARK_ENV, own_environment
 from supervisor.quarantine import FailureKind
 
 log = logging.getLogger(__name__)
+
+#: From linux/sched.h, of the flags in ``/proc/PID/stat``.
+_PF_EXITING = 0x4
 
 #: Between SIGTERM and SIGKILL for a worker from which nothing is expected.
 BROKEN_GRACE_S = 1.0
@@ -151,7 +155,9 @@ class WorkerProcess:
             return False
 
     def is_dead(self) -> bool:
-        """Whether the process has ended, also before ``on_exit`` told so."""
+        """Whether the process has ended or is about to, also before ``on_exit`` told so."""
+        if _is_exiting(self.pid):
+            return True
         try:
             return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
@@ -248,6 +254,15 @@ def _signal_ignored(number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+def _is_exiting(pid: int) -> bool:
+    """Whether Linux has begun to take it down: for a while it is neither there nor a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return bool(int(fields[6]) & _PF_EXITING)
 
 
 def _await_end(pid: int) -> None:

@@ -173,3 +173,23 @@ async def test_to_be_asked_for_its_stacks_ends_no_child_that_is_not_ready(spawn:
     child.dump_stacks()
     await asyncio.sleep(0.2)
     assert alive(child.pid)
+
+
+def await_zombie(pid: int) -> None:
+    """Without a turn of the event loop, which would reap it."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+async def test_a_process_that_is_on_its_way_out_is_dead(
+    spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection is closed already: a request is not refused for that, but runs again."""
+    child = spawn("echo ready; exec sleep 600")
+    await child.says("ready")
+    assert not child.is_dead()
+    os.kill(child.pid, signal.SIGKILL)
+    await_zombie(child.pid)
+    with monkeypatch.context() as patched:
+        # Between the two there is no state of its own.
+        patched.setattr(psutil.Process, "status", lambda _: psutil.STATUS_RUNNING)
+        assert child.is_dead()
