@@ -404,7 +404,9 @@ def test_the_parse_helper_gets_its_type_of_a_real_model(
 
 @pytest.mark.parametrize("model", REAL)
 def test_a_call_can_be_forced(real: anthropic.Anthropic, model: str) -> None:
-    tool: Any = {"name": "ping", "input_schema": {"type": "object", "properties": {}}}
+    # Nothing that a random model could go on with for ever.
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    tool: Any = {"name": "ping", "input_schema": schema}
     message = real.messages.create(
         model=model,
         max_tokens=200,
