@@ -129,8 +129,7 @@ class Actor:
 
     def submit(self, request: Job, *, streaming: bool) -> RequestStream:
         """See ``Fleet.submit``."""
-        incident_id = self._recorder.last_incident_id
-        status.require_routable(self.spec.model_id, self.state, incident_id)
+        status.require_routable(self.spec.model_id, self.state, self._recorder.last_incident_id)
         limit = 1 if self.state.probation else self._services.settings.max_queue
         stream = self._requests.open(request, limit=limit, streaming=streaming)
         self._request_count += 1
@@ -139,8 +138,7 @@ class Actor:
 
     async def ask(self, inquiry: Inquiry) -> InquiryAnswer:
         """See ``Fleet.tokenize``."""
-        incident_id = self._recorder.last_incident_id
-        status.require_routable(self.spec.model_id, self.state, incident_id)
+        status.require_routable(self.spec.model_id, self.state, self._recorder.last_incident_id)
         self._last_used_at = time.time()
         return await self._requests.ask(inquiry)
 
@@ -170,9 +168,7 @@ class Actor:
             last_used_at=self._last_used_at,
             keep_alive_sec=spec.keep_alive_sec,
             last_incident_id=self._recorder.last_incident_id,
-            has_chat_template=model.has_chat_template if model is not None else None,
-            tool_format=(model.tool_format or None) if model is not None else None,
-            reasoning_format=(model.reasoning or None) if model is not None else None,
+            **status.chat_traits(model),
         )
 
     def readiness(self) -> ReadinessView:

@@ -47,7 +47,7 @@ from supervisor.casefile import ALIVE, GREETED, LOADED, CaseFile
 from supervisor.channel import Channel, ChannelClosed, ChannelFull
 from supervisor.gate import ModelSpec
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
-from supervisor.marks import end_marked
+from supervisor.marks import end_helpers
 from supervisor.process import WorkerProcess
 from supervisor.quarantine import FailureKind
 from supervisor.requests import Delivery, RequestTable
@@ -336,7 +336,7 @@ class Generation:
         self._ledger.remove(self.pid)
         if self.stuck is not None:
             log.warning("%s: its process %d has ended after all", self._name, self.pid)
-            self._start(self._kill_helpers())
+            self._start(end_helpers(self._process.mark, HELPERS_TIMEOUT_S, self._name))
             return
         self._start(self._report_exit())
 
@@ -353,21 +353,10 @@ class Generation:
             if tail := self._process.output_tail.strip():
                 log.debug("last output of %s, which %s:\n%s", self._name, reason, tail[-4000:])
             self._post(WorkerFailed(self.number, kind, reason, random.random()))
-            await self._kill_helpers()
+            await end_helpers(self._process.mark, HELPERS_TIMEOUT_S, self._name)
         finally:
             # Whatever went wrong in looking at it: the death itself has to be told.
             self._post(WorkerExited(self.number, kind, reason, random.random()))
-
-    async def _kill_helpers(self) -> None:
-        """Kill what the worker has started and left elsewhere; wait until that is gone."""
-        try:
-            async with asyncio.timeout(HELPERS_TIMEOUT_S):
-                left = await asyncio.to_thread(end_marked, self._process.mark, HELPERS_TIMEOUT_S)
-        except TimeoutError:
-            left = []
-            log.warning("%s: it takes long to look for its helpers", self._name)
-        if left:
-            log.warning("%s: helpers %s do not end", self._name, left)
 
     async def _hear_last_words(self) -> None:
         """Read what the worker still said; wait for it where it explains the exit."""

@@ -6,6 +6,7 @@ they are found wherever they are, and nobody else's process ever is.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -64,6 +65,21 @@ def kill_marked(prefix: str) -> list[int]:
 def end_marked(prefix: str, timeout_s: float) -> list[int]:
     """Kill them, and wait until they are gone; returns the pids of those that are not by then."""
     return await_gone(kill_marked(prefix), timeout_s)
+
+
+async def end_helpers(prefix: str, timeout_s: float, name: str) -> None:
+    """As ``end_marked``, off the event loop, of what the worker called ``name`` has started.
+
+    Whatever does not end by then is told in the log.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            left = await asyncio.to_thread(end_marked, prefix, timeout_s)
+    except TimeoutError:
+        left = []
+        log.warning("%s: it takes long to look for its helpers", name)
+    if left:
+        log.warning("%s: helpers %s do not end", name, left)
 
 
 def await_gone(pids: Sequence[int], timeout_s: float) -> list[int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TypedDict
 
 import psutil
 
 from protocol.errors import CodedError, ErrorCode
+from protocol.messages import Loaded
 from supervisor.lifecycle import LoadAccepted, Readiness, State, transition
 from supervisor.quarantine import Account, Policy, count_in_window
 from supervisor.views import ReadinessView
@@ -25,6 +27,25 @@ _OF_FAILURES = frozenset(
         ErrorCode.MODEL_LOADER_CRASHED,
     }
 )
+
+
+class ChatTraits(TypedDict):
+    """Fields of a model's view."""
+
+    has_chat_template: bool | None
+    tool_format: str | None
+    reasoning_format: str | None
+
+
+def chat_traits(model: Loaded | None) -> ChatTraits:
+    """What a model that is loaded makes of chats; nothing is known of another."""
+    if model is None:
+        return ChatTraits(has_chat_template=None, tool_format=None, reasoning_format=None)
+    return ChatTraits(
+        has_chat_template=model.has_chat_template,
+        tool_format=model.tool_format or None,
+        reasoning_format=model.reasoning or None,
+    )
 
 
 def readiness_view(state: State, policy: Policy) -> ReadinessView:

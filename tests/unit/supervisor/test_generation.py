@@ -29,7 +29,7 @@ from protocol.messages import (
     Step,
     ToWorker,
 )
-from supervisor import generation
+from supervisor import generation, marks
 from supervisor.accounts import AccountStore
 from supervisor.channel import Channel, SocketFolder
 from supervisor.gate import ModelSpec
@@ -253,7 +253,7 @@ async def test_last_words_on_their_way_are_heard(scene: Scene, status: int) -> N
 async def test_the_end_is_told_when_the_helpers_are_gone_as_well(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "end_marked", lambda *_: time.sleep(0.3))
+    monkeypatch.setattr(marks, "end_marked", lambda *_: time.sleep(0.3))
     died_at = time.monotonic()
     scene.process.exit(1)
     await scene.told(WorkerFailed)
@@ -266,7 +266,7 @@ async def test_helpers_that_do_not_end_hold_nobody_up_for_ever(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation, "HELPERS_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(generation, "end_marked", lambda *_: time.sleep(1.0))
+    monkeypatch.setattr(marks, "end_marked", lambda *_: time.sleep(1.0))
     died_at = time.monotonic()
     scene.process.exit(1)
     await scene.told(WorkerFailed, WorkerExited)
