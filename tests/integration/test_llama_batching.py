@@ -9,6 +9,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +24,7 @@ from tests.support.tiny_vocab import TURN_END, tiny_vocab
 from worker.backends.base import Backend, SequenceSpec, StepToken
 
 llama_cpp = pytest.importorskip("llama_cpp")
+from worker.backends import llama_keep  # noqa: E402
 from worker.backends.llama import LlamaBackend  # noqa: E402
 from worker.backends.prefixes import token_array  # noqa: E402
 
@@ -360,7 +362,7 @@ def test_nothing_is_kept_within_no_bytes(tiny_gguf: Path) -> None:
 
 def test_the_least_recently_used_goes_first(tiny_gguf: Path) -> None:
     # 4 layers, 2 heads of keys and 2 of values, 32 half floats each: 1 KiB a token.
-    with loaded(tiny_gguf, prompt_cache_bytes=250 * 1024) as backend:
+    with loaded(tiny_gguf, prompt_cache_bytes=150 * 1024) as backend:
         a, b, c = (spec(text(100, i), max_tokens=4) for i in range(3))
         assert [cached(backend, each) for each in (a, b)] == [0, 0]
         assert cached(backend, a) == 99  # a is the more recent one again
@@ -661,7 +663,8 @@ def test_a_mask_limits_every_token(backend: Backend, sampling: Sampling) -> None
     steps = [[70 + i, 99, 130 + i] for i in range(12)]
     mask = Only(*steps)
     masked = spec(text(20, 1), sequence_id=1, max_tokens=12, sampling=sampling, mask=mask)
-    free = spec(text(20, 2), sequence_id=2, max_tokens=12, sampling=sampling)
+    # Greedy: in another batch the logits differ enough to turn a draw now and then.
+    free = spec(text(20, 2), sequence_id=2, max_tokens=12)
     unmasked = answer(backend, free)
     answers = run(backend, masked, free)
     drawn = tokens(answers[1])
@@ -742,14 +745,17 @@ any_order = settings(
 )
 schedules = st.lists(acts, max_size=20)
 bounds = st.sampled_from([None, 0, 150 * 1024])
+#: What is copied to host memory in one step.
+sizes = st.sampled_from([llama_keep.PART_BYTES, 20 * 1024])
 
 
 @any_order
-@given(kind=st.sampled_from(KINDS), schedule=schedules, keep=bounds)
+@given(kind=st.sampled_from(KINDS), schedule=schedules, keep=bounds, part_bytes=sizes)
 def test_in_any_schedule_each_answers_as_alone(
-    cases: dict[str, Case], kind: str, schedule: list[Any], keep: int | None
+    cases: dict[str, Case], kind: str, schedule: list[Any], keep: int | None, part_bytes: int
 ) -> None:
-    assert_each_as_alone(cases[kind], schedule, keep)
+    with patch.object(llama_keep, "PART_BYTES", part_bytes):
+        assert_each_as_alone(cases[kind], schedule, keep)
 
 
 @any_order

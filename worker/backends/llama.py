@@ -41,7 +41,7 @@ from worker.backends.llama_embedding import (
     pooling_of,
 )
 from worker.backends.llama_library import LOG, not_served, refusal
-from worker.backends.llama_memory import MAX_SEQUENCES, NativeMemory, read_traits
+from worker.backends.llama_memory import MAX_SEQUENCES, NativeMemory, choose_slots, read_traits
 from worker.backends.llama_model import (
     check_file,
     choose_context_length,
@@ -95,7 +95,9 @@ class LlamaBackend:
             if options.context_length is None:
                 context_length = default_length(model, context_length, pooling)
             return self._load_embedder(path, model, context_length, options, pooling)
-        context = create_context(model, context_length, options)
+        traits = read_traits(model)
+        slots = choose_slots(options.max_sequences, traits)
+        context = create_context(model, context_length, slots, options)
         if not context:
             raise refusal(path, LOG)
         self._closing.callback(llama_cpp.llama_free, context)
@@ -106,9 +108,10 @@ class LlamaBackend:
         pool = KvPool(
             NativeMemory(context),
             cells=llama_cpp.llama_n_ctx(context),
-            slots=options.max_sequences,
+            sequences=options.max_sequences,
+            slots=slots,
             keep_bytes=options.prompt_cache_bytes,
-            traits=read_traits(model),
+            traits=traits,
         )
         self._scheduler = Scheduler(
             context, pool, self._vocabulary, context_length, options.draft_tokens

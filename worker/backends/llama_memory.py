@@ -10,8 +10,8 @@ import numpy
 
 from worker.backends.llama_keep import Traits
 
-#: The library's bound of sequences in one context.
-MAX_SEQUENCES = 256
+#: The library's bound of sequences in one context is 256; one is for copies.
+MAX_SEQUENCES = 255
 
 _FLAGS = (llama_cpp.LLAMA_STATE_SEQ_FLAGS_NONE, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
 _BYTES = ctypes.POINTER(ctypes.c_uint8)
@@ -32,6 +32,15 @@ def read_traits(model: Any) -> Traits:
     )
 
 
+def choose_slots(sequences: int, traits: Traits) -> int:
+    """Sequences to create a context for, if so many run at once.
+
+    One more each for what has just ended, and one for copies; but not where each takes
+    memory for its state.
+    """
+    return sequences if traits.has_state else min(2 * sequences, MAX_SEQUENCES) + 1
+
+
 class NativeMemory:
     """``worker.backends.llama_keep.Memory`` on a context, which must outlive it."""
 
@@ -39,8 +48,8 @@ class NativeMemory:
         self._context = context
         self._memory = llama_cpp.llama_get_memory(context)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, length)
+    def copy(self, source: int, target: int, length: int, start: int = 0) -> None:
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, length)
 
     def trim(self, slot: int, length: int) -> bool:
         return bool(llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1))

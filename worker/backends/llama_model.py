@@ -69,13 +69,13 @@ def choose_context_length(model: Any, requested: int | None) -> int:
     return requested
 
 
-def create_context(model: Any, context_length: int, options: Load) -> Any:
+def create_context(model: Any, context_length: int, slots: int, options: Load) -> Any:
     """A context whose cells all sequences share, or a null pointer: the log has the reason."""
     threads = options.threads or default_threads()
     params = llama_cpp.llama_context_default_params()
     # The library aborts on fewer cells than sequences.
-    params.n_ctx = max(context_length, options.max_sequences)
-    params.n_seq_max = options.max_sequences
+    params.n_ctx = max(context_length, slots)
+    params.n_seq_max = slots
     params.n_batch = BATCH_SIZE
     params.n_ubatch = BATCH_SIZE
     params.n_threads = threads

@@ -45,19 +45,30 @@ class Match(NamedTuple):
 class KvPool:
     """``cells`` cells for as many sequences at once as there are ``slots``.
 
-    ``keep_bytes`` bounds what is kept of ended sequences in host memory (0: nothing
-    is kept, None: as much as all the cells take).
+    Of them ``sequences`` run at most; others are left to what has just ended, until it is
+    copied to host memory, and the last one to copying. ``keep_bytes`` bounds what is kept
+    of ended sequences in host memory (0: nothing is kept, None: as much as all the cells
+    take).
     """
 
     def __init__(
-        self, memory: Memory, cells: int, slots: int, keep_bytes: int | None, traits: Traits
+        self,
+        memory: Memory,
+        cells: int,
+        sequences: int,
+        slots: int,
+        keep_bytes: int | None,
+        traits: Traits,
     ) -> None:
         self.traits = traits
         self._memory = memory
         self._cells = cells
-        self._free_slots = list(reversed(range(slots)))
+        spare = slots - 1
+        # A state takes memory in each slot, so that there are none beside those that run.
+        in_use = sequences if traits.has_state else spare
+        self._free_slots = list(reversed(range(in_use)))
         self._keeps = keep_bytes != 0
-        self._keep = Keep(memory, cells, slots, keep_bytes, traits)
+        self._keep = Keep(memory, cells, sequences, spare, keep_bytes, traits)
         self._running = self._keep.running
         self._resident: list[Prefix] = []  # what is kept and still in its cells
         self._runs = count()
@@ -107,11 +118,11 @@ class KvPool:
         known = self._longest_alike(tokens) if self._keep.takes_checkpoints else 0
         if match.kept is not None:
             self._keep.touch(match.kept, match.checkpoint)
-        if match.kept is not None and match.kept.data is None:
-            sequence = self._take_over(match.kept, tokens, match)
-            self._store_resident()
+        if match.kept is not None and match.kept.resident:
+            sequence = self._go_on(match.kept, tokens, match)
+            self._clear_out(len(tokens) - match.length)
         else:
-            self._store_resident()
+            self._clear_out(len(tokens))
             sequence = CachedSequence(self._free_slots.pop(), tokens, next(self._runs))
             if match.kept is not None:
                 self._restore(match.kept, sequence, match)
@@ -164,31 +175,67 @@ class KvPool:
         self._memory.trim(sequence.slot, sequence.length)
 
     def settle(self) -> None:
-        """Move what is kept out of the cells if anything runs."""
-        if self._resident and self._running:
-            self._store_resident()
+        """Move a part of what is kept out of the cells if anything runs."""
+        if self._resident and self._running and self._keep.store_part(self._resident[0]):
+            self._release(self._resident.pop(0).sequence.slot)
 
-    def _take_over(self, prefix: Prefix, tokens: Tokens, match: Match) -> CachedSequence:
-        """Go on in the cells of a kept sequence."""
-        kept = prefix.sequence
-        self._resident.remove(prefix)
-        if _is_used_up(prefix, match.length):
-            self._keep.prefixes.remove(prefix)
-        else:
+    def clear_out(self) -> bool:
+        """Move all that is kept out of the cells; False if there is nothing."""
+        return self._clear_out(self._cells)
+
+    def _clear_out(self, cells: int, but: Prefix | None = None) -> bool:
+        """Move out of the cells what is kept, the oldest first, until so many are free."""
+        moved = False
+        for prefix in tuple(self._resident):
+            if self._free_slots and self._leaves(cells):
+                break
+            if prefix is but:
+                continue
+            self._resident.remove(prefix)
             self._keep.store(prefix)
-        sequence = CachedSequence(kept.slot, tokens, next(self._runs))
-        if self._go_back(sequence, kept.length, match):
-            sequence.begin_with(kept, match.length)
+            self._release(prefix.sequence.slot)
+            moved = True
+        return moved
+
+    def _leaves(self, cells: int) -> bool:
+        """Whether so many cells are free beside what runs and what is kept in the cells."""
+        if not self.traits.takes_cells:
+            return True
+        kept = sum(prefix.resident for prefix in self._resident)
+        return count_cells(self._running) + kept + cells <= self._cells
+
+    def _go_on(self, prefix: Prefix, tokens: Tokens, match: Match) -> CachedSequence:
+        """Begin with a kept sequence that is in its cells, or what of it still is."""
+        kept, resident = prefix.sequence, min(prefix.resident, match.length)
+        if _is_used_up(prefix, match.length):
+            self._resident.remove(prefix)
+            self._keep.prefixes.remove(prefix)
+            sequence = CachedSequence(kept.slot, tokens, next(self._runs))
+        elif self.traits.has_state:
+            self._resident.remove(prefix)
+            self._keep.store(prefix)
+            sequence = CachedSequence(kept.slot, tokens, next(self._runs))
+        else:
+            if not self._free_slots:
+                self._clear_out(0, but=prefix)
+            sequence = CachedSequence(self._free_slots.pop(), tokens, next(self._runs))
+            self._memory.copy(kept.slot, sequence.slot, resident)
+        if self._keep.bring_back(prefix, sequence.slot, resident, match.length):
+            if self._go_back(sequence, kept.length, match):
+                sequence.begin_with(kept, resident)
+                sequence.length = match.length
+        else:
+            self._memory.trim(sequence.slot, 0)
         return sequence
 
     def _restore(self, prefix: Prefix, sequence: CachedSequence, match: Match) -> None:
-        """Bring a kept sequence back for a new one, if there is room for the whole of it."""
+        """Bring a kept sequence back for a new one, if there is room for it."""
         kept = prefix.sequence
-        if prefix.data is None or not self._has_room(kept.length):
+        if not prefix.parts or not self._has_room(kept.length):
             return
         # Where nothing takes cells, a checkpoint is the whole.
         whole = match.checkpoint is None or self.traits.takes_cells
-        if whole and not self._memory.restore(sequence.slot, prefix.data):
+        if whole and not self._keep.bring_back(prefix, sequence.slot, 0, match.length):
             self._memory.trim(sequence.slot, 0)
             return
         if self._go_back(sequence, kept.length, match):
@@ -211,12 +258,6 @@ class KvPool:
             return True
         memory.trim(slot, 0)
         return False
-
-    def _store_resident(self) -> None:
-        for prefix in self._resident:
-            self._keep.store(prefix)
-            self._release(prefix.sequence.slot)
-        self._resident.clear()
 
     def _usable(
         self, sequence: CachedSequence, length: int, first: int
@@ -242,9 +283,9 @@ class KvPool:
 
     def _restore_cost(self, prefix: Prefix) -> float:
         """In tokens that could be computed instead."""
-        if prefix.data is None or not self.traits.takes_cells:
+        if not self.traits.takes_cells:
             return 0.0
-        return prefix.sequence.length * _RESTORE_COST
+        return (prefix.sequence.length - prefix.resident) * _RESTORE_COST
 
     def _reaches(self, first: int, length: int) -> bool:
         """Whether all is there that the token after ``length`` others looks at."""

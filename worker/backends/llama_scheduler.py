@@ -259,6 +259,9 @@ class Scheduler:
 
     def _make_room(self) -> bool:
         """Free cells for the batch; False if it is a sequence alone that has no room."""
+        if self._pool.clear_out():
+            LOG.start()
+            return True
         started = [s for s in self._waiting if s.cached is not _NOWHERE]
         if len(self._decoding) + len(started) < 2:
             return False
@@ -268,7 +271,7 @@ class Scheduler:
             sequence = self._decoding.pop()
             self._waiting.appendleft(sequence)
         self._pool.end(sequence.cached)
-        self._pool.settle()
+        self._pool.clear_out()
         sequence.cached = _NOWHERE
         # Or it would come back for the cells it has just given up.
         self._blocked = True

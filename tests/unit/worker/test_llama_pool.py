@@ -12,14 +12,15 @@ CELL_BYTES = 10
 
 
 class FakeMemory:
-    """Positions per slot; ``lost`` of them have been overwritten at the beginning.
+    """Positions per slot, from ``starts`` on; ``lost`` have been overwritten at the beginning.
 
     A copy takes ``CELL_BYTES`` for each of them, and ``state_bytes`` in any case, which
     is what a partial copy takes.
     """
 
     def __init__(self, traits: Traits) -> None:
-        self.lengths: dict[int, int] = {}
+        self.lengths: dict[int, int] = {}  # the last position of each, and one more
+        self.starts: dict[int, int] = {}
         self.copies: list[tuple[int, int, int]] = []
         self.saved = 0
         self.checkpoints = 0
@@ -33,9 +34,12 @@ class FakeMemory:
     def compute(self, slot: int, length: int) -> None:
         self.lengths[slot] = self._states[slot] = length
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        assert not self.lengths.get(target)
-        assert length <= self.lengths[source]
+    def copy(self, source: int, target: int, length: int, start: int = 0) -> None:
+        if self.lengths.get(target):
+            assert self.lengths[target] == start
+        else:
+            self.starts[target] = start
+        assert self.starts.get(source, 0) <= start < length <= self.lengths[source]
         self.lengths[target] = length
         self._states[target] = self._states[source]
         self.copies.append((source, target, length))
@@ -51,8 +55,10 @@ class FakeMemory:
         return self.lost
 
     def size(self, slot: int, *, partial: bool = False) -> int:
-        cells = self._traits.takes_cells and not partial
-        return self.state_bytes + cells * self.lengths[slot] * CELL_BYTES
+        if partial or not self._traits.takes_cells:
+            return self.state_bytes
+        count = self.lengths[slot] - self.starts.get(slot, 0)
+        return self.state_bytes + count * CELL_BYTES
 
     def save(self, slot: int, *, partial: bool = False) -> memoryview:
         if partial:
@@ -60,19 +66,21 @@ class FakeMemory:
         else:
             self.saved += 1
         data = bytearray(self.size(slot, partial=partial))
-        data[:2] = self.lengths[slot].to_bytes(2, "big")
+        start = self.starts.get(slot, 0)
+        data[:4] = start.to_bytes(2, "big") + self.lengths[slot].to_bytes(2, "big")
         return memoryview(data)
 
     def restore(self, slot: int, data: memoryview, *, partial: bool = False) -> bool:
         assert partial or not self.lengths.get(slot)
         if self.refuses:
             return False
-        length = int.from_bytes(data[:2], "big")
+        start, length = (int.from_bytes(data[i : i + 2], "big") for i in (0, 2))
         self._states[slot] = length
         if partial and self._traits.takes_cells:
             assert self.lengths[slot] >= length
         else:
             self.restored += 1
+            self.starts[slot] = start
             self.lengths[slot] = length
         return True
 
@@ -83,7 +91,8 @@ class Rig:
     def __init__(self, *, keep_bytes: int | None = None, traits: Traits | None = None) -> None:
         traits = traits or Traits()
         self.memory = FakeMemory(traits)
-        self.pool = KvPool(self.memory, 1000, 3, keep_bytes, traits)
+        self.steps = 10  # that a sequence runs for
+        self.pool = KvPool(self.memory, 1000, 3, 7, keep_bytes, traits)
 
     def start(self, tokens: str, *forks: int) -> tuple[CachedSequence, int]:
         """Start a sequence and compute its prompt; also how much of it was there."""
@@ -95,6 +104,8 @@ class Rig:
         for length in (*sequence.stops, len(prompt)):
             self.memory.compute(sequence.slot, length)
             self.pool.computed(sequence, length)
+        for _ in range(self.steps):
+            self.pool.settle()
         return sequence, found
 
     def once(self, tokens: str) -> int:
@@ -395,6 +406,80 @@ def test_what_a_window_has_slid_past_is_no_promise() -> None:
     assert rig.pool.find(prompt) == Match()
     sequence.length = 30
     assert rig.pool.find(prompt).promised == 50
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step copies 20 tokens."""
+    monkeypatch.setattr("worker.backends.llama_keep.PART_BYTES", 20 * CELL_BYTES)
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_step_moves_no_more_than_a_part() -> None:
+    rig = Rig()
+    rig.once("a" * 110)
+    rig.steps = 0
+    rig.start("b")
+    for left in (90, 70, 50, 30, 10, 0):
+        rig.pool.settle()
+        assert sum(rig.memory.lengths.values()) == left + 1
+    assert rig.pool.nbytes == 110 * CELL_BYTES
+    assert rig.start("a" * 110 + "c")[1] == 110
+    assert rig.memory.restored == 6
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("steps", [0, 1, 3, 5, 6])
+@pytest.mark.parametrize("length", [40, 75, 109])
+def test_what_is_half_moved_can_be_gone_on_from(steps: int, length: int) -> None:
+    rig = Rig()
+    rig.once("a" * 110)
+    rig.steps = steps
+    rig.start("b")
+    assert rig.start("a" * length + "c" * 9)[1] == length
+    rig.steps = 10
+    for each, _ in (rig.start("d"), rig.start("e")):
+        rig.pool.end(each)
+    assert rig.once("a" * 100 + "f")  # the longer one is there as well, unless used up
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_beginning_is_brought_back_without_the_rest() -> None:
+    rig = Rig()
+    rig.once("a" * 110)
+    rig.start("b")
+    assert rig.start("a" * 45 + "c")[1] == 45
+    assert rig.memory.restored == 3
+
+
+@pytest.mark.usefixtures("parts")
+def test_parts_of_what_has_no_room_are_given_up() -> None:
+    rig = Rig(keep_bytes=150 * CELL_BYTES)
+    rig.once("a" * 100)
+    rig.once("b" * 160)
+    rig.steps = 1
+    rig.start("c")
+    assert rig.once("b" * 160) == 0
+    assert rig.once("a" * 100) == 99
+    assert rig.pool.nbytes <= 150 * CELL_BYTES
+
+
+@pytest.mark.usefixtures("parts")
+def test_cells_and_slots_that_are_needed_are_cleared_at_once() -> None:
+    rig = Rig()
+    for letter in "abc":
+        rig.once(letter * 300)
+    rig.steps = 0
+    first, _ = rig.start("x" * 600)
+    assert sum(rig.memory.lengths.values()) <= 1000
+    assert rig.pool.clear_out()
+    assert sum(rig.memory.lengths.values()) == 600
+    assert not rig.pool.clear_out()
+    rig.pool.end(first)
+    for number in range(12):  # there are 6 slots
+        running, _ = rig.start(chr(1000 + number) * 10)
+        rig.pool.end(running)
+    assert rig.once("c" * 300) == 299
 
 
 def test_recurrent_states_are_bounded_by_the_slots() -> None:
