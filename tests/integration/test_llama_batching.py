@@ -24,7 +24,7 @@ from tests.support.tiny_vocab import TURN_END, tiny_vocab
 from worker.backends.base import Backend, SequenceSpec, StepToken
 
 llama_cpp = pytest.importorskip("llama_cpp")
-from worker.backends import llama_keep  # noqa: E402
+from worker.backends import llama_keep, llama_pool  # noqa: E402
 from worker.backends.llama import LlamaBackend  # noqa: E402
 from worker.backends.prefixes import token_array  # noqa: E402
 
@@ -174,6 +174,33 @@ def test_who_has_to_give_up_its_cells_answers_as_alone(
         answers = run(backend, *specs)
     for each in specs:
         assert len(answers[each.sequence_id]) == each.max_tokens
+        assert_as_alone(tokens(answers[each.sequence_id]), alone, each)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cells_that_are_laid_in_rows_are_the_same_cells(
+    cases: dict[str, Case], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sampling, alone = cases[kind]
+    monkeypatch.setattr(llama_pool, "_ROW", 7)
+    specs = [
+        spec(text(20, 1) + text(9, i), sequence_id=i, max_tokens=60 + 9 * i, sampling=sampling)
+        for i in range(SEQUENCES)
+    ]
+    with loaded(path) as backend:
+        moved = 0
+        pool = backend._scheduler._pool  # type: ignore[attr-defined]
+        line_up = pool._line_up
+
+        def spy(sequences: list[Any], count: int) -> None:
+            nonlocal moved
+            moved += count
+            line_up(sequences, count)
+
+        monkeypatch.setattr(pool, "_line_up", spy)
+        answers = run(backend, *specs)
+    assert moved > 200
+    for each in specs:
         assert_as_alone(tokens(answers[each.sequence_id]), alone, each)
 
 
@@ -754,7 +781,11 @@ sizes = st.sampled_from([llama_keep.PART_BYTES, 20 * 1024])
 def test_in_any_schedule_each_answers_as_alone(
     cases: dict[str, Case], kind: str, schedule: list[Any], keep: int | None, part_bytes: int
 ) -> None:
-    with patch.object(llama_keep, "PART_BYTES", part_bytes):
+    row = llama_pool._ROW if part_bytes == llama_keep.PART_BYTES else 5
+    with (
+        patch.object(llama_keep, "PART_BYTES", part_bytes),
+        patch.object(llama_pool, "_ROW", row),
+    ):
         assert_each_as_alone(cases[kind], schedule, keep)
 
 

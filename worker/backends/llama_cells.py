@@ -34,7 +34,8 @@ class CachedSequence:
     ``slot`` is its id in the library. Whoever decodes for the sequence appends to
     ``tokens`` and moves ``length`` on; what it adds belongs to a run of its own.
     ``checkpoints`` are where it can be gone on from although it is longer now,
-    ``stops`` where others will be taken; the shortest come first.
+    ``stops`` where others will be taken; the shortest come first. The cells of its first
+    ``lined_up`` tokens lie in rows, or belong to others as well.
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class CachedSequence:
         "_shared",
         "checkpoints",
         "length",
+        "lined_up",
         "slot",
         "stops",
         "tokens",
@@ -52,6 +54,7 @@ class CachedSequence:
         self.slot = slot
         self.tokens = tokens
         self.length = 0
+        self.lined_up = 0
         self.checkpoints: list[Checkpoint] = []
         self.stops: list[int] = []
         self._shared: list[Span] = []
@@ -74,7 +77,8 @@ class CachedSequence:
         """Share the first ``length`` cells of ``source``; what comes next is this one's own."""
         self.checkpoints = source.checkpoints_within(length)
         self._shared = source.spans(length)
-        self._run_start = self.length = length
+        self._run_start = self.length = self.lined_up = length
+        source.lined_up = max(source.lined_up, length)
 
 
 def count_cells(sequences: Iterable[CachedSequence], more: Sequence[Span] = ()) -> int:

@@ -19,13 +19,19 @@ from itertools import count
 from typing import NamedTuple
 
 from worker.backends.llama_cells import CachedSequence, Checkpoint, count_cells
-from worker.backends.llama_keep import Keep, Memory, Prefix, Traits
+from worker.backends.llama_keep import PART_BYTES, Keep, Memory, Prefix, Traits
 from worker.backends.prefixes import MAX_KEPT, Tokens, common_length
 
 #: What is kept is used up, not copied, if the prompt goes on from its last part.
 _LAST_PART = 1 / 8
 #: To restore costs less than this share of computing as much.
 _RESTORE_COST = 1 / 16
+#: So many tokens of a sequence are worth laying in a row.
+_ROW = 64
+
+
+class CellsLost(Exception):
+    """A sequence could not be copied back to the KV cache."""
 
 
 class Match(NamedTuple):
@@ -63,7 +69,8 @@ class KvPool:
         self.traits = traits
         self._memory = memory
         self._cells = cells
-        spare = slots - 1
+        self._spare = spare = slots - 1
+        self._cell_bytes = 0.0  # of a token; 0: not known yet
         # A state takes memory in each slot, so that there are none beside those that run.
         in_use = sequences if traits.has_state else spare
         self._free_slots = list(reversed(range(in_use)))
@@ -136,7 +143,7 @@ class KvPool:
 
     def computed(self, sequence: CachedSequence, length: int) -> None:
         """So many tokens of a running sequence are in the cache now."""
-        sequence.length = length
+        sequence.length = sequence.lined_up = length
         if sequence.stops and sequence.stops[0] <= length:
             self._keep.take_checkpoint(sequence)
 
@@ -169,6 +176,39 @@ class KvPool:
         self._resident.append(prefix)
         if len(self._keep.prefixes) > MAX_KEPT:
             self._forget(self._keep.prefixes[0])
+
+    def line_up(self) -> None:
+        """Lay cells that sequences have got by turns side by side, once they are worth it.
+
+        Sequences that decode together get a cell each in every step. On a CPU attention
+        goes through what lies in rows faster: 8 sequences of 256 tokens take 57 ms a step
+        instead of 77.
+        """
+        apart = [each for each in self._running if each.length > each.lined_up]
+        tokens = sum(each.length - each.lined_up for each in apart)
+        longest = max((each.length - each.lined_up for each in apart), default=0)
+        if longest < _ROW and tokens * self._cell_bytes < PART_BYTES:
+            return
+        if len(apart) > 1:
+            self._line_up(apart, tokens)
+        for each in apart:
+            each.lined_up = each.length
+
+    def _line_up(self, sequences: list[CachedSequence], tokens: int) -> None:
+        memory, spare = self._memory, self._spare
+        rows = []
+        for each in sequences:
+            memory.copy(each.slot, spare, each.length, each.lined_up)
+            rows.append(memory.save(spare))
+            memory.trim(spare, 0)
+            memory.trim(each.slot, each.lined_up)
+        # All of their cells are free now, and the first of them are taken first.
+        for each, row in zip(sequences, rows, strict=True):
+            if not memory.restore(spare, row):
+                raise CellsLost("cells that were free a moment ago could not be filled")
+            memory.copy(spare, each.slot, each.length, each.lined_up)
+            memory.trim(spare, 0)
+        self._cell_bytes = sum(map(len, rows)) / tokens
 
     def cut(self, sequence: CachedSequence) -> None:
         """Give up the cells of a running sequence behind its length; it must be divisible."""
@@ -223,7 +263,7 @@ class KvPool:
         if self._keep.bring_back(prefix, sequence.slot, resident, match.length):
             if self._go_back(sequence, kept.length, match):
                 sequence.begin_with(kept, resident)
-                sequence.length = match.length
+                sequence.length = sequence.lined_up = match.length
         else:
             self._memory.trim(sequence.slot, 0)
         return sequence
@@ -239,7 +279,7 @@ class KvPool:
             self._memory.trim(sequence.slot, 0)
             return
         if self._go_back(sequence, kept.length, match):
-            sequence.length = match.length
+            sequence.length = sequence.lined_up = match.length
             sequence.checkpoints = kept.checkpoints_within(match.length)
         if _is_used_up(prefix, match.length) and prefix in self._keep.prefixes:
             self._keep.prefixes.remove(prefix)

@@ -94,6 +94,9 @@ class Scheduler:
         self._vocabulary = vocabulary
         self._context_length = context_length
         self._draft_tokens = draft_tokens if pool.traits.divisible else 0
+        # Elsewhere than on a CPU nothing was measured, and cells would go through the host.
+        gpu = llama_cpp.llama_supports_gpu_offload()
+        self._lines_up = not (pool.traits.has_state or gpu)
         self._batch_size = llama_cpp.llama_n_batch(context)
         self._batch = DecodeBatch(self._batch_size)
         # In the order of admission, here and there, and all of the first before the second.
@@ -122,6 +125,8 @@ class Scheduler:
         batch, decoding = self._batch, self._decoding
         begun = time.perf_counter()
         self._pool.settle()
+        if self._lines_up:
+            self._pool.line_up()
         draft = self._guess()
         while True:
             batch.clear()

@@ -22,6 +22,7 @@ class FakeMemory:
         self.lengths: dict[int, int] = {}  # the last position of each, and one more
         self.starts: dict[int, int] = {}
         self.copies: list[tuple[int, int, int]] = []
+        self.copied_from: dict[int, int] = {}
         self.saved = 0
         self.checkpoints = 0
         self.restored = 0
@@ -43,6 +44,7 @@ class FakeMemory:
         self.lengths[target] = length
         self._states[target] = self._states[source]
         self.copies.append((source, target, length))
+        self.copied_from[source] = start
 
     def trim(self, slot: int, length: int) -> bool:
         if length and not self._traits.divisible and self._states[slot] > length:
@@ -480,6 +482,56 @@ def test_cells_and_slots_that_are_needed_are_cleared_at_once() -> None:
         running, _ = rig.start(chr(1000 + number) * 10)
         rig.pool.end(running)
     assert rig.once("c" * 300) == 299
+
+
+def decode(rig: Rig, *sequences: CachedSequence, steps: int) -> None:
+    for _ in range(steps):
+        for each in sequences:
+            each.tokens.append(1)
+            each.length += 1
+            rig.memory.compute(each.slot, each.length)
+        rig.pool.line_up()
+
+
+def test_what_was_decoded_by_turns_is_laid_in_rows() -> None:
+    rig = Rig()
+    first, _ = rig.start("a" * 50)
+    second, _ = rig.start("a" * 30 + "b" * 10)
+    decode(rig, first, second, steps=63)
+    assert rig.memory.saved == 0
+    decode(rig, first, second, steps=1)
+    assert (rig.memory.saved, rig.memory.restored) == (2, 2)
+    assert rig.memory.lengths[first.slot] == first.length == 114
+    assert rig.memory.lengths[second.slot] == second.length == 104
+    decode(rig, first, second, steps=128)
+    assert (rig.memory.saved, rig.memory.restored) == (6, 6)
+    rig.pool.end(first)
+    rig.pool.end(second)
+    assert rig.once("a" * 50 + chr(1) * 150) == 199
+
+
+def test_one_that_decodes_alone_lies_in_a_row_already() -> None:
+    rig = Rig()
+    alone, _ = rig.start("a" * 50)
+    decode(rig, alone, steps=200)
+    assert rig.memory.saved == 0
+    other, _ = rig.start("b" * 50)
+    decode(rig, alone, other, steps=56)
+    assert rig.memory.saved == 2
+
+
+def test_cells_that_others_share_stay_where_they_are() -> None:
+    rig = Rig()
+    first, _ = rig.start("a" * 50)
+    second, _ = rig.start("b" * 50)
+    decode(rig, first, second, steps=40)
+    third, found = rig.start("a" * 50 + chr(1) * 30 + "c")
+    assert found == 80
+    rig.memory.copies.clear()
+    decode(rig, first, second, third, steps=30)
+    starts = {source: rig.memory.lengths[source] for source in (first.slot, third.slot)}
+    assert starts == {first.slot: 120, third.slot: 111}
+    assert rig.memory.copied_from[first.slot] >= 80
 
 
 def test_recurrent_states_are_bounded_by_the_slots() -> None:
