@@ -133,6 +133,12 @@ class Keep:
         if checkpoint is not None:
             checkpoint.used = next(self._uses)
 
+    def add(self, sequence: CachedSequence) -> None:
+        """A sequence runs, with checkpoints of one that may have been given up for it."""
+        self.running.append(sequence)
+        if sequence.checkpoints:
+            self._make_room(0, self._bound(sequence.slot, sequence.length))
+
     def store(self, prefix: Prefix) -> None:
         """Copy a prefix to host memory, or give it up if it has no room; the cells stay."""
         self._store(prefix, 0)

@@ -125,6 +125,10 @@ class KvPool:
         known = self._longest_alike(tokens) if self._keep.takes_checkpoints else 0
         if match.kept is not None:
             self._keep.touch(match.kept, match.checkpoint)
+        if not self._running:
+            # Who runs alone finds the same cells free each time: so the same request has the
+            # same sums, and the same answer, as often as it is made.
+            self._clear_out(self._cells, but=match.kept)
         if match.kept is not None and match.kept.resident:
             sequence = self._go_on(match.kept, tokens, match)
             self._clear_out(len(tokens) - match.length)
@@ -135,7 +139,7 @@ class KvPool:
                 self._restore(match.kept, sequence, match)
             elif match.running is not None:
                 self._share(match.running, sequence, match)
-        self._running.append(sequence)
+        self._keep.add(sequence)
         self._keep.take_checkpoint(sequence)
         for length in sorted({*forks, known, len(tokens) - 1}):
             self._keep.add_stop(sequence, length)
@@ -251,7 +255,7 @@ class KvPool:
             self._resident.remove(prefix)
             self._keep.prefixes.remove(prefix)
             sequence = CachedSequence(kept.slot, tokens, next(self._runs))
-        elif self.traits.has_state:
+        elif self.traits.has_state or not self._running:
             self._resident.remove(prefix)
             self._keep.store(prefix)
             sequence = CachedSequence(kept.slot, tokens, next(self._runs))

@@ -419,9 +419,9 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("parts")
 def test_a_step_moves_no_more_than_a_part() -> None:
     rig = Rig()
-    rig.once("a" * 110)
     rig.steps = 0
     rig.start("b")
+    rig.once("a" * 110)
     for left in (90, 70, 50, 30, 10, 0):
         rig.pool.settle()
         assert sum(rig.memory.lengths.values()) == left + 1
@@ -435,9 +435,11 @@ def test_a_step_moves_no_more_than_a_part() -> None:
 @pytest.mark.parametrize("length", [40, 75, 109])
 def test_what_is_half_moved_can_be_gone_on_from(steps: int, length: int) -> None:
     rig = Rig()
-    rig.once("a" * 110)
-    rig.steps = steps
     rig.start("b")
+    rig.once("a" * 110)
+    for _ in range(steps):
+        rig.pool.settle()
+    rig.steps = 0
     assert rig.start("a" * length + "c" * 9)[1] == length
     rig.steps = 10
     for each, _ in (rig.start("d"), rig.start("e")):
@@ -448,10 +450,21 @@ def test_what_is_half_moved_can_be_gone_on_from(steps: int, length: int) -> None
 @pytest.mark.usefixtures("parts")
 def test_a_beginning_is_brought_back_without_the_rest() -> None:
     rig = Rig()
-    rig.once("a" * 110)
     rig.start("b")
+    rig.once("a" * 110)
+    rig.start("d")
     assert rig.start("a" * 45 + "c")[1] == 45
     assert rig.memory.restored == 3
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("again", ["b", "a" * 60 + "b"])
+def test_who_runs_alone_finds_the_same_cells_free(again: str) -> None:
+    rig = Rig()
+    rig.steps = 0
+    rig.once("a" * 110)
+    running, _ = rig.start(again)
+    assert rig.memory.lengths == {running.slot: len(again)}
 
 
 @pytest.mark.usefixtures("parts")
@@ -469,16 +482,18 @@ def test_parts_of_what_has_no_room_are_given_up() -> None:
 @pytest.mark.usefixtures("parts")
 def test_cells_and_slots_that_are_needed_are_cleared_at_once() -> None:
     rig = Rig()
+    rig.steps = 0
+    beside, _ = rig.start("y")
     for letter in "abc":
         rig.once(letter * 300)
-    rig.steps = 0
     first, _ = rig.start("x" * 600)
     assert sum(rig.memory.lengths.values()) <= 1000
     assert rig.pool.clear_out()
-    assert sum(rig.memory.lengths.values()) == 600
+    assert sum(rig.memory.lengths.values()) == 601
     assert not rig.pool.clear_out()
+    rig.pool.end(beside)
     rig.pool.end(first)
-    for number in range(12):  # there are 6 slots
+    for number in range(8):  # there are 6 slots
         running, _ = rig.start(chr(1000 + number) * 10)
         rig.pool.end(running)
     assert rig.once("c" * 300) == 299
