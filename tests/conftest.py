@@ -11,7 +11,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from steps import cache_dir
 
+from tests.support.client_models import serve_client_models
 from tests.support.server import Server, serve
 
 # How long an example takes says nothing on a machine that others use as well.
@@ -67,7 +69,7 @@ def demo_mlx(demo_gguf: Path) -> Path:
     from tests.support.gguf_to_mlx import gguf_to_mlx
 
     maker = hashlib.sha256((SUPPORT / "gguf_to_mlx.py").read_bytes()).hexdigest()[:12]
-    directory = _cache_dir() / "test-models" / f"{demo_gguf.stem}-mlx-{maker}"
+    directory = cache_dir() / "test-models" / f"{demo_gguf.stem}-mlx-{maker}"
     if not directory.is_dir():
         with _scratch_beside(directory) as scratch:
             gguf_to_mlx(demo_gguf, scratch / "model").rename(directory)
@@ -81,13 +83,6 @@ def _scratch_beside(path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _cache_dir() -> Path:
-    """As scripts/setup has it."""
-    if chosen := os.environ.get("OPTA_LMX_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opta-lmx"
-
-
 @pytest.fixture(scope="session")
 def real_server(
     tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path, tiny_mlx: Path, demo_gguf: Path
@@ -99,4 +94,13 @@ def real_server(
         for name in models:
             server.await_tracked(name)
             server.await_state(name, "routable")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client_server(
+    tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path, demo_gguf: Path
+) -> Iterator[Server]:
+    """What ``tests.support.client_models`` describes, for tests that leave it as it is."""
+    with serve_client_models(tmp_path_factory.mktemp("clients"), tiny_gguf, demo_gguf) as server:
         yield server

@@ -240,8 +240,8 @@ class EmbeddingEngine:
             what = "" if request.query is None else " with the query"
             raise CodedError(
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"{param}: this model's context length is {self._model.context_length} tokens, "
-                f"but the text has {len(tokens)}{what}",
+                f"{param}: this model's maximum context length is "
+                f"{self._model.context_length} tokens, but the text has {len(tokens)}{what}",
                 param=param,
             )
         return tokens

@@ -196,15 +196,17 @@ class PromptBuilder:
         """
         size = _USUAL_TOKEN * limit
         while 2 * size < len(text):
-            if len(encode(text[:size])) > limit + _SEAM:
-                raise self._too_long("more than that", param)
+            count = len(encode(text[:size])) - _SEAM
+            if count > limit:
+                raise self._too_long(f"at least {count}", param)
             size *= 2
         return encode(text)
 
     def _too_long(self, count: str, param: str) -> CodedError:
+        # It begins as OpenAI's does: LiteLLM knows it by that.
         return CodedError(
             ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-            f"this model's context length is {self._model.context_length} tokens, "
+            f"this model's maximum context length is {self._model.context_length} tokens, "
             f"but the prompt has {count} and the answer needs at least one",
             param=param,
         )

@@ -288,7 +288,7 @@ def test_a_request_at_fault(client: anthropic.Anthropic) -> None:
 
 def test_a_prompt_that_is_too_long(client: anthropic.Anthropic) -> None:
     messages: Any = [{"role": "user", "content": "x" * 5000}]
-    with pytest.raises(anthropic.BadRequestError, match="context length is 4096") as caught:
+    with pytest.raises(anthropic.BadRequestError, match="maximum context length is 4096") as caught:
         client.messages.create(model="talker", max_tokens=5, messages=messages)
     assert caught.value.error_code == "context_length_exceeded"
     # What does not fit can still be counted.

@@ -171,6 +171,35 @@ def test_streamed_reasoning(scripted: openai.OpenAI) -> None:
     assert [item.type for item in final.output] == ["reasoning", "message"]
 
 
+def test_reasoning_as_the_summary_that_was_asked_for(scripted: openai.OpenAI) -> None:
+    options: Any = {"model": "thinker", "input": "Hi", "reasoning": {"summary": "auto"}}
+    response = scripted.responses.create(**options)
+    reasoning, _ = response.output
+    assert reasoning.type == "reasoning"
+    assert [part.text for part in reasoning.summary] == ["Hm, so"]
+    assert not reasoning.content
+    assert response.reasoning is not None
+    assert response.reasoning.summary == "auto"
+    with scripted.responses.stream(**options) as stream:
+        events = list(stream)
+    deltas = [e.delta for e in events if e.type == "response.reasoning_summary_text.delta"]
+    assert "".join(deltas) == "Hm, so"
+    names = [event.type for event in events]
+    between = names[names.index("response.output_item.added") :]
+    thoughts = [name for name in between if "reasoning" in name]
+    assert list(dict.fromkeys(thoughts)) == [
+        "response.reasoning_summary_part.added",
+        "response.reasoning_summary_text.delta",
+        "response.reasoning_summary_text.done",
+        "response.reasoning_summary_part.done",
+    ]
+    again = scripted.responses.create(
+        model="thinker",
+        input=[{"role": "user", "content": "Hi"}, reasoning.to_dict()],
+    )
+    assert again.output_text == "Yes"
+
+
 def test_a_round_trip_with_tools(scripted: openai.OpenAI) -> None:
     first = scripted.responses.create(model="caller", input="Weather?", tools=[WEATHER])
     message, *calls = first.output

@@ -46,7 +46,11 @@ async def create_response(gateway: Gateway, call: Call) -> HttpResponse:
     streaming, keeping = bool(request.stream), request.store is not False and store.keeps
     response = new_response(request, store=keeping)
     include = request.include or ()
-    builder = OutputBuilder(sealed=SEALED_REASONING in include, logprobs=LOGPROBS in include)
+    builder = OutputBuilder(
+        sealed=SEALED_REASONING in include,
+        summarised=response.reasoning.summary is not None,
+        logprobs=LOGPROBS in include,
+    )
 
     def keep(response: Response) -> None:
         if keeping:

@@ -119,8 +119,7 @@ def new_response(request: ResponseRequest, *, store: bool) -> Response:
         prompt_cache_key=_text_or_none(request.prompt_cache_key),
         reasoning=AnsweredReasoning(
             effort=reasoning.effort if reasoning is not None else None,
-            # There is none, whoever asked for it if possible.
-            summary=None,
+            summary=reasoning.wanted_summary if reasoning is not None else None,
         ),
         safety_identifier=_text_or_none(request.safety_identifier),
         store=store,

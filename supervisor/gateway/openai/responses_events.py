@@ -23,12 +23,15 @@ from supervisor.gateway.openai.responses_items import (
     OutputItem,
     OutputText,
     ReasoningText,
+    SummaryText,
 )
 from supervisor.gateway.openai.responses_output import Change, Closed, Grew, Opened, OutputBuilder
 from supervisor.gateway.streaming import KEEP_ALIVE, encode_json
 from supervisor.stream import RequestStream
 
 _encode = msgspec.json.Encoder().encode
+
+Part = OutputText | ReasoningText | SummaryText
 
 #: Takes a response that has ended properly, before the client knows.
 Keep = Callable[[Response], None]
@@ -98,12 +101,13 @@ class ResponseEvents:
         return self._delta + encode_json(text) + after
 
     def _opened(self, place: int, item: OutputItem) -> bytes:
-        kind, part = _kind(item)
+        kind, part = self._kind(item)
         logprobs = b',"logprobs":[]' if isinstance(item, Message) else b""
         self._after = logprobs + b',"sequence_number":%d}\n\n'
         self._where = b'"item_id":%s,"output_index":%d,' % (encode_json(item.id), place)
         if part is not None:
-            self._where += b'"content_index":0,'
+            index = b"summary_index" if isinstance(part, SummaryText) else b"content_index"
+            self._where += b'"%s":0,' % index
         self._delta = (
             b'event: response.%s.delta\ndata: {"type":"response.%s.delta",' % (kind, kind)
             + self._where
@@ -111,11 +115,11 @@ class ResponseEvents:
         )
         event = self._item_event("response.output_item.added", place, item)
         if part is not None:
-            event += self._part_event("response.content_part.added", part)
+            event += self._part_event("added", part)
         return event
 
     def _closed(self, place: int, item: OutputItem) -> bytes:
-        kind, part = _kind(item)
+        kind, part = self._kind(item)
         said: dict[str, object]
         match item:
             case FunctionCall():
@@ -125,20 +129,23 @@ class ResponseEvents:
                 assert isinstance(answered, OutputText)
                 part, said = answered, {"text": answered.text, "logprobs": answered.logprobs}
             case _:
-                [part] = item.content
+                [part] = item.content or item.summary
                 said = {"text": part.text}
         event = self._event(
             f"response.{kind.decode()}.done", self._where + encode_json(said)[1:-1] + b","
         )
         if part is not None:
-            event += self._part_event("response.content_part.done", part)
+            event += self._part_event("done", part)
         return event + self._item_event("response.output_item.done", place, item)
 
     def _item_event(self, name: str, place: int, item: OutputItem) -> bytes:
         return self._event(name, b'"output_index":%d,"item":%s,' % (place, encode_json(item)))
 
-    def _part_event(self, name: str, part: OutputText | ReasoningText) -> bytes:
-        return self._event(name, self._where + b'"part":' + encode_json(part) + b",")
+    def _part_event(self, what: str, part: Part) -> bytes:
+        kind = "reasoning_summary_part" if isinstance(part, SummaryText) else "content_part"
+        return self._event(
+            f"response.{kind}.{what}", self._where + b'"part":' + encode_json(part) + b","
+        )
 
     def _response_event(self, name: str) -> bytes:
         return self._event(name, b'"response":' + encode_json(self._response) + b",")
@@ -150,12 +157,13 @@ class ResponseEvents:
         head = b'event: %s\ndata: {"type":"%s",' % (kind, kind)
         return head + fields + b'"sequence_number":%d}\n\n' % number
 
-
-def _kind(item: OutputItem) -> tuple[bytes, OutputText | ReasoningText | None]:
-    """How the events of an item's text are called, and the part it is in as that begins."""
-    match item:
-        case Message():
-            return b"output_text", OutputText("")
-        case FunctionCall():
-            return b"function_call_arguments", None
-    return b"reasoning_text", ReasoningText("")
+    def _kind(self, item: OutputItem) -> tuple[bytes, Part | None]:
+        """How the events of an item's text are called, and the part it is in as that begins."""
+        match item:
+            case Message():
+                return b"output_text", OutputText("")
+            case FunctionCall():
+                return b"function_call_arguments", None
+        if self._response.reasoning.summary is not None:
+            return b"reasoning_summary_text", SummaryText("")
+        return b"reasoning_text", ReasoningText("")

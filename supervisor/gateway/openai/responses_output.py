@@ -19,6 +19,7 @@ from supervisor.gateway.openai.responses_items import (
     Reasoning,
     ReasoningText,
     Status,
+    SummaryText,
     new_item_id,
     seal,
 )
@@ -53,13 +54,16 @@ Change = Opened | Grew | Closed
 class OutputBuilder:
     """One answer. At most one item is open, the last; a piece of another kind closes it.
 
-    ``sealed``: reasoning has its text also as ``encrypted_content``. ``items`` are those
-    that are closed.
+    ``sealed``: reasoning has its text also as ``encrypted_content``. ``summarised``: it is
+    in the summary, not the content. ``items`` are those that are closed.
     """
 
-    def __init__(self, *, sealed: bool = False, logprobs: bool = False) -> None:
+    def __init__(
+        self, *, sealed: bool = False, summarised: bool = False, logprobs: bool = False
+    ) -> None:
         self.items: list[OutputItem] = []
         self._sealed = sealed
+        self._summarised = summarised
         self._with_logprobs = logprobs
         self._open: OutputItem | None = None
         self._texts: list[str] = []
@@ -173,7 +177,8 @@ class OutputBuilder:
             case Reasoning():
                 return msgspec.structs.replace(
                     item,
-                    content=[ReasoningText(text)],
+                    summary=[SummaryText(text)] if self._summarised else [],
+                    content=[] if self._summarised else [ReasoningText(text)],
                     encrypted_content=seal(text) if self._sealed else UNSET,
                     status=status,
                 )

@@ -104,6 +104,12 @@ class ReasoningConfig(msgspec.Struct):
     context: Any = None
     mode: Any = None
 
+    @property
+    def wanted_summary(self) -> Literal["auto", "detailed"] | None:
+        """Of a request that has been found valid; the second name is the older one."""
+        wanted: Literal["auto", "detailed"] | None = self.summary or self.generate_summary
+        return wanted
+
 
 class ResponseRequest(Parameters, kw_only=True):
     input: str | list[InputItem]
@@ -157,10 +163,11 @@ _TOOL_LIMITS: Mapping[str, Sequence[Any]] = {
     "output_schema": (),
 }
 _TEXT_LIMITS: Mapping[str, Sequence[Any]] = {"verbosity": ("medium",)}
-#: A summary of what model there is, and there is none: the reasoning itself is shown.
+#: Who asks for a summary gets the reasoning itself, which is the most detailed one there is.
+_SUMMARIES = ("auto", "detailed")
 _REASONING_LIMITS: Mapping[str, Sequence[Any]] = {
-    "summary": ("auto",),
-    "generate_summary": ("auto",),
+    "summary": _SUMMARIES,
+    "generate_summary": _SUMMARIES,
     "context": ("auto",),
     "mode": ("standard",),
 }

@@ -198,7 +198,7 @@ async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClien
         ({"truncation": "auto"}, "truncation"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"reasoning": {"summary": "concise"}}, "reasoning.summary"),
-        ({"reasoning": {"generate_summary": "detailed"}}, "reasoning.generate_summary"),
+        ({"reasoning": {"generate_summary": "concise"}}, "reasoning.generate_summary"),
         ({"reasoning": {"context": "all_turns"}}, "reasoning.context"),
         ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
