@@ -168,7 +168,7 @@ class Actor:
             last_used_at=self._last_used_at,
             keep_alive_sec=spec.keep_alive_sec,
             last_incident_id=self._recorder.last_incident_id,
-            **status.chat_traits(model),
+            **status.model_traits(model),
         )
 
     def readiness(self) -> ReadinessView:

@@ -9,7 +9,7 @@ from typing import TypedDict
 import psutil
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Loaded
+from protocol.messages import Loaded, ModelKind
 from supervisor.lifecycle import LoadAccepted, Readiness, State, transition
 from supervisor.quarantine import Account, Policy, count_in_window
 from supervisor.views import ReadinessView
@@ -29,19 +29,23 @@ _OF_FAILURES = frozenset(
 )
 
 
-class ChatTraits(TypedDict):
+class ModelTraits(TypedDict, total=False):
     """Fields of a model's view."""
 
-    has_chat_template: bool | None
+    kind: str
+    dimensions: int | None
+    has_chat_template: bool
     tool_format: str | None
     reasoning_format: str | None
 
 
-def chat_traits(model: Loaded | None) -> ChatTraits:
-    """What a model that is loaded makes of chats; nothing is known of another."""
+def model_traits(model: Loaded | None) -> ModelTraits:
+    """What a model that is loaded can be used for; nothing is known of another."""
     if model is None:
-        return ChatTraits(has_chat_template=None, tool_format=None, reasoning_format=None)
-    return ChatTraits(
+        return ModelTraits()
+    return ModelTraits(
+        kind=model.kind.value,
+        dimensions=model.dimensions if model.kind is ModelKind.EMBED else None,
         has_chat_template=model.has_chat_template,
         tool_format=model.tool_format or None,
         reasoning_format=model.reasoning or None,

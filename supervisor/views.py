@@ -26,8 +26,9 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """A tracked model, as in ``GET /admin/models/{id}``. GB is 1e9 bytes.
 
     ``path`` is None for a quarantine from before this start of the server, as long as
-    nobody has tried to load the model again. The last three are known while a worker has
-    the model loaded.
+    nobody has tried to load the model again. What comes after ``last_incident_id`` is known
+    while a worker has the model loaded: ``kind`` is ``generate``, ``embed`` or ``rerank``, and
+    ``dimensions`` are those of an embedding.
     """
 
     id: str
@@ -48,6 +49,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     last_used_at: float | None
     keep_alive_sec: int | None
     last_incident_id: str | None
+    kind: str | None = None
+    dimensions: int | None = None
     has_chat_template: bool | None = None
     tool_format: str | None = None
     reasoning_format: str | None = None

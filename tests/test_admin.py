@@ -30,6 +30,8 @@ MODEL_KEYS = {
     "last_used_at",
     "keep_alive_sec",
     "last_incident_id",
+    "kind",
+    "dimensions",
     "has_chat_template",
     "tool_format",
     "reasoning_format",

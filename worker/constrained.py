@@ -11,24 +11,28 @@ from protocol.messages import Generate
 from worker.chat.formats import Format
 from worker.chat.reasoning import Reasoning
 from worker.chat.tool_formats import harmony
-from worker.chat.tool_grammar import JSON_OPTIONS, call_grammar
+from worker.chat.tool_grammar import JSON_OPTIONS, call_grammar, text_with_calls_grammar
 from worker.compiler import Source
 
 _FORCED = frozenset({ToolChoice.REQUIRED, ToolChoice.NAMED})
 
 
 def constraint_of(
-    request: Generate, tools: Sequence[Tool], format: Format
+    request: Generate, tools: Sequence[Tool], format: Format, reasoning: Reasoning | None = None
 ) -> tuple[Source | None, str]:
     """The constraint, None for a free answer, and the request's field that it comes from.
 
-    Where calls are possible, an output format is what an answer without a call has.
+    Where calls are possible, an output format is what an answer without a call has, and
+    ``strict`` tools are called with what fits their schemas, if the format can be kept to.
     Raises ``CodedError`` for what this model's format cannot be kept to.
     """
     constraint = request.constraint
     forced = request.tool_choice in _FORCED
-    if not tools or (constraint is None and not forced):
+    if not tools:
         return constraint, "response_format"
+    if constraint is None and not forced:
+        strict = any(tool.strict for tool in tools)
+        return _strict_calls(tools, format, reasoning) if strict else None, "tools"
     if request.tool_choice is ToolChoice.NAMED:
         tools = [tool for tool in tools if tool.name == request.named_tool]
     param = "tool_choice" if forced else "response_format"
@@ -47,6 +51,22 @@ def constraint_of(
         return Constraint(ConstraintKind.LARK, grammar)
 
     return create, param
+
+
+def _strict_calls(
+    tools: Sequence[Tool], format: Format, reasoning: Reasoning | None
+) -> Source | None:
+    """Free text, but for the calls in it; None where they cannot be told from it."""
+    if text_with_calls_grammar(format, tools) is None:
+        return None
+    free = reasoning.markers if reasoning is not None else ()
+
+    def create(special: Mapping[str, int]) -> Constraint:
+        grammar = text_with_calls_grammar(format, tools, special=special, free=free)
+        assert grammar is not None
+        return Constraint(ConstraintKind.LARK, grammar)
+
+    return create
 
 
 def closer_of(format: Format, reasoning: Reasoning | None, prompt_tail: str, *, calls: bool) -> str:

@@ -150,7 +150,7 @@ class PromptBuilder:
         text = self._backend.render_chat(conversation)
         tokens = self._encode(self._backend.encode_rendered, text, "messages", limit)
         tail = text[-_TAIL:]
-        constraint, param = constraint_of(request, tools, self._format)
+        constraint, param = constraint_of(request, tools, self._format, self._reasoning)
         gate = self._gate(tail, constraint) if constraint is not None else None
         if request.raw or not (tools or self._reasoning or self._format.whole):
             return Prepared(tokens, constraint=constraint)

@@ -14,6 +14,7 @@ import pydantic
 import pytest
 
 from tests.support.server import Server, serve, write_script
+from tests.support.tiny_vocab import tiny_vocab
 
 REAL = ["tiny-gguf", "tiny-mlx"]
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -378,6 +379,37 @@ def test_calls_can_be_forced(client: openai.OpenAI, model: str, choice: str) -> 
     jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
     if choice == "named":
         assert call.function.name == "other"
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_strict_tools_get_what_fits_their_schema(client: openai.OpenAI, model: str) -> None:
+    function = {"name": "enter", "parameters": PERSON, "strict": True}
+    options: dict[str, Any] = {
+        "model": model,
+        "messages": HELLO,
+        "temperature": 1.5,
+        "seed": 3,
+        "max_tokens": 400,
+        # A random model would hardly ever begin a call.
+        "logit_bias": {str(tiny_vocab().id_of("<tool_call>")): 20},
+    }
+    strict: Any = {"type": "function", "function": function}
+    answer = client.chat.completions.create(**options, tools=[strict]).choices[0]
+    calls = answer.message.tool_calls or []
+    if answer.finish_reason == "length":
+        del calls[-1]  # may have been cut off
+    assert calls
+    for call in calls:
+        assert call.type == "function"
+        assert call.function.name == "enter"
+        jsonschema.validate(json.loads(call.function.arguments), PERSON)
+    free: Any = {"type": "function", "function": {**function, "strict": False}}
+    answer = client.chat.completions.create(**options, tools=[free]).choices[0]
+    assert not answer.message.tool_calls
+    schema = {"type": "object", "uniqueItems": True, "not": {}}
+    refused: Any = {"type": "function", "function": {**function, "parameters": schema}}
+    with pytest.raises(openai.BadRequestError, match="not supported"):
+        client.chat.completions.create(**options, tools=[refused])
 
 
 @pytest.mark.parametrize("model", REAL)

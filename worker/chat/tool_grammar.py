@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,48 +143,97 @@ def call_grammar(
     to their ``enum``, and members come in the schema's order. What llguidance cannot
     enforce of a schema is ignored, but for tools that are ``strict``.
     """
-    frame = _JSON_FRAMES.get(format.name) or _FRAMES.get(format.name)
-    frame = frame or _TAG_FRAMES.get(format.name)
+    frame = _frame_of(format)
     if frame is None or not tools:
         return None
     grammar = _Grammar(special or {})
-    calls = []
-    for number, tool in enumerate(tools):
-        name = json.dumps(tool.name) if format.name in _JSON_FRAMES else tool.name
-        arguments = (
-            grammar.tagged(frame, tool, number)
-            if isinstance(frame, _TagFrame)
-            else grammar.json(f"arguments_{number}", tool, tool.parameters)
-        )
-        before = grammar.text(frame.before.replace(_NAME, name))
-        grammar.add(f"call_{number}", before, arguments, grammar.text(frame.after))
-        calls.append(f"call_{number}")
-    grammar.add("call", " | ".join(calls))
+    grammar.add("call", " | ".join(grammar.calls(format, frame, tools)))
     more = (
         f"({grammar.text(frame.between)} call)*" if parallel and frame.between is not None else ""
     )
     lead = grammar.analysis() if format.name == "harmony" else ""
-    start = [lead, grammar.text(frame.open), "call", more, grammar.text(frame.close)]
-    return "\n".join([f"start: {' '.join(filter(None, start))}", *grammar.rules]) + "\n"
+    return grammar.written(lead, grammar.text(frame.open), "call", more, grammar.text(frame.close))
+
+
+def text_with_calls_grammar(
+    format: Format,
+    tools: Sequence[Tool],
+    *,
+    special: Specials | None = None,
+    free: Collection[str] = (),
+) -> str | None:
+    """A Lark grammar of any text, in which what begins as a call is one, as above.
+
+    ``free`` are special tokens that the text may have. ``None`` also for formats whose
+    calls begin like other text: Llama 3's and Harmony's.
+    """
+    frame = _frame_of(format)
+    begin = frame.open or frame.before if frame is not None else ""
+    opener = next((each for each in format.openers if begin.startswith(each)), None)
+    if frame is None or opener is None or not tools:
+        return None
+    grammar = _Grammar(special or {})
+    calls = grammar.calls(format, frame, tools, "" if frame.open else opener)
+    grammar.add("call", " | ".join(calls))
+    if frame.open:
+        first = grammar.text(frame.open.removeprefix(opener))
+        more = f"({grammar.text(frame.between or '')} call)*"
+        grammar.add("section", "lead", first, "call", more, grammar.text(frame.close))
+    else:
+        grammar.add("section", "lead call")
+    if opener in grammar.special:
+        grammar.add("lead", f"TEXT {grammar.text(opener)}")
+    else:
+        grammar.add("lead[lazy]", f"TEXT {grammar.text(opener)}")
+    # In the grammar of a lexeme, so without a rule of its own.
+    grammar.add("TEXT", r"/(?s:.*)/")
+    marks = [f"TEXT {grammar.text(each)}" for each in free if each in grammar.special]
+    return grammar.written(f"({' | '.join(['section', *marks])})*", "TEXT")
+
+
+def _frame_of(format: Format) -> _Frame | None:
+    name = format.name
+    return _JSON_FRAMES.get(name) or _FRAMES.get(name) or _TAG_FRAMES.get(name)
 
 
 class _Grammar:
     def __init__(self, special: Specials) -> None:
-        self.rules: list[str] = []
-        self._special = special
+        self.special = special
+        self._rules: list[str] = []
         tokens = sorted(special, key=len, reverse=True)
         self._tokens = re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
 
+    def written(self, *start: str) -> str:
+        """The whole, beginning with these parts."""
+        return "\n".join([f"start: {' '.join(filter(None, start))}", *self._rules]) + "\n"
+
     def add(self, name: str, *parts: str) -> None:
-        self.rules.append(f"{name}: {' '.join(filter(None, parts))}")
+        self._rules.append(f"{name}: {' '.join(filter(None, parts))}")
 
     def text(self, text: str) -> str:
         """Literal text; of what is in it of special tokens, the tokens."""
         parts = filter(None, self._tokens.split(text))
         return " ".join(
-            f"<[{self._special[part]}]>" if part in self._special else _literal(part)
+            f"<[{self.special[part]}]>" if part in self.special else _literal(part)
             for part in parts
         )
+
+    def calls(
+        self, format: Format, frame: _Frame, tools: Sequence[Tool], opener: str = ""
+    ) -> list[str]:
+        """Adds a rule for a call to each tool, without ``opener``; their names."""
+        names = []
+        for number, tool in enumerate(tools):
+            name = json.dumps(tool.name) if format.name in _JSON_FRAMES else tool.name
+            arguments = (
+                self.tagged(frame, tool, number)
+                if isinstance(frame, _TagFrame)
+                else self.json(f"arguments_{number}", tool, tool.parameters)
+            )
+            before = self.text(frame.before.removeprefix(opener).replace(_NAME, name))
+            self.add(f"call_{number}", before, arguments, self.text(frame.after))
+            names.append(f"call_{number}")
+        return names
 
     def json(self, name: str, tool: Tool, schema: Mapping[str, Any], type: str = "object") -> str:
         """Adds a rule for JSON that fits a schema; its name."""
@@ -222,12 +271,12 @@ class _Grammar:
             # Text holds no special tokens, so there is no doubt where it ends.
             return rf"/(?s:.*)/ {self.text(frame.end)}"
         # The parser takes the first end there is, whatever is before it.
-        self.rules.append(f"{name}[suffix={_literal(frame.end)}]: /(?s:.*)/")
+        self._rules.append(f"{name}[suffix={_literal(frame.end)}]: /(?s:.*)/")
         return name
 
     def analysis(self) -> str:
         """Harmony's reasoning, which may come first; its end has to be a token."""
-        if harmony.END not in self._special:
+        if harmony.END not in self.special:
             return ""
         self.add(
             "analysis",

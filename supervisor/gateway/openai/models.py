@@ -23,7 +23,7 @@ from supervisor.views import ModelView, ReadinessView
 class Model(msgspec.Struct, kw_only=True):
     """OpenAI's model object; the last fields are ours.
 
-    ``capabilities``: what requests to it may ask for.
+    ``capabilities``: what requests to it may ask for. ``dimensions``: of an embedding.
     """
 
     id: str
@@ -34,6 +34,7 @@ class Model(msgspec.Struct, kw_only=True):
     backend: str
     readiness: ReadinessView
     capabilities: list[str]
+    dimensions: int | None
     tool_format: str | None
     reasoning_format: str | None
 
@@ -79,14 +80,20 @@ def _model(view: ModelView) -> Model:
         backend=view.backend,
         readiness=view.readiness,
         capabilities=_capabilities(view),
+        dimensions=view.dimensions,
         tool_format=view.tool_format,
         reasoning_format=view.reasoning_format,
     )
 
 
 def _capabilities(view: ModelView) -> list[str]:
-    if view.has_chat_template is None:
-        return []
+    match view.kind:
+        case None:
+            return []
+        case "embed":
+            return ["embedding"]
+        case "rerank":
+            return ["rerank"]
     found = ["completion", "json_schema", "logprobs"]
     if view.has_chat_template:
         found += ["chat", "tools"]

@@ -36,6 +36,18 @@ def test_a_free_answer_has_none() -> None:
     assert constraint_of(request(), [], HERMES)[0] is None
 
 
+def test_strict_tools_are_called_by_their_schemas_only() -> None:
+    tools = [Tool("f", strict=True), Tool("g")]
+    source, param = constraint_of(request(), tools, HERMES, choose_reasoning("<think></think>"))
+    assert param == "tools"
+    assert callable(source)
+    text = source({"<think>": 7, "</think>": 8}).text
+    assert isinstance(text, str)
+    assert "TEXT <[7]>" in text
+    assert '\\"g\\"' in text
+    assert constraint_of(request(), tools, FORMATS["llama3"])[0] is None
+
+
 def test_without_tools_the_format_is_the_constraint() -> None:
     assert constraint_of(request(constraint=SCHEMA), [], HERMES) == (SCHEMA, "response_format")
 

@@ -2,13 +2,14 @@
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
 
 from protocol.chat import Tool
 from worker.chat.output import FORMATS, create_parser
-from worker.chat.tool_grammar import call_grammar
+from worker.chat.tool_grammar import call_grammar, text_with_calls_grammar
 
 TOOLS = [
     Tool(
@@ -105,8 +106,12 @@ class ByteTokenizer:
 
 
 def matcher(format: str, tokenizer: ByteTokenizer, parallel: bool = False) -> Any:
-    llguidance = pytest.importorskip("llguidance")
     grammar = call_grammar(FORMATS[format], TOOLS, parallel=parallel, special=tokenizer.special)
+    return compiled(grammar, tokenizer)
+
+
+def compiled(grammar: str | None, tokenizer: ByteTokenizer) -> Any:
+    llguidance = pytest.importorskip("llguidance")
     assert grammar is not None
     wrapped = llguidance.LLTokenizer(llguidance.TokenizerWrapper(tokenizer))
     made = llguidance.LLMatcher(wrapped, llguidance.LLMatcher.grammar_from_lark(grammar))
@@ -116,8 +121,10 @@ def matcher(format: str, tokenizer: ByteTokenizer, parallel: bool = False) -> An
 
 def accepts(format: str, text: str, special: bool, parallel: bool = False) -> bool:
     tokenizer = ByteTokenizer(list(FORMATS[format].markers) if special else [])
-    made = matcher(format, tokenizer, parallel)
-    tokens = tokenizer.encode(text)
+    return consumes(matcher(format, tokenizer, parallel), tokenizer.encode(text))
+
+
+def consumes(made: Any, tokens: list[int]) -> bool:
     return bool(made.try_consume_tokens(tokens) == len(tokens) and made.is_accepting())
 
 
@@ -178,6 +185,35 @@ def test_whatever_a_grammar_allows_is_a_call(format: str) -> None:
         assert parsed.content + rest.content == "", text
         pieces = parsed.calls + rest.calls
         assert isinstance(json.loads("".join(piece.arguments for piece in pieces)), dict)
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("format", sorted(WRITTEN.keys() - {"llama3", "harmony"}))
+def test_in_free_text_a_call_is_well_formed(format: str, special: bool) -> None:
+    names = ["<think>", "</think>", "<other>"]
+    tokenizer = ByteTokenizer([*FORMATS[format].markers, *names] if special else [])
+    grammar = text_with_calls_grammar(
+        FORMATS[format], TOOLS, special=tokenizer.special, free=names[:2]
+    )
+
+    def allows(text: str) -> bool:
+        return consumes(compiled(grammar, tokenizer), tokenizer.encode(text))
+
+    call = WRITTEN[format].replace("ARGUMENTS", json.dumps(WANTED))
+    assert allows("")
+    assert allows("{ No call.\n")
+    assert allows(call)
+    assert allows(f"<think>Well</think>\n{call}\nand {call}. So.")
+    assert allows("<other>") is not special
+    assert not allows(f"Well, {call.replace('get_weather', 'get_wet')}")
+    assert not allows(f"Well, {call.replace('3', 'three')}")
+    assert not allows(f"{call} and {re.sub(r'(?<![A-Z_])C(?![A-Z_])', 'K', call)}")
+
+
+def test_formats_whose_calls_begin_like_text() -> None:
+    for name in ("llama3", "harmony", "pythonic"):
+        assert text_with_calls_grammar(FORMATS[name], TOOLS) is None
+    assert text_with_calls_grammar(FORMATS["hermes"], []) is None
 
 
 def test_formats_without_a_grammar() -> None:

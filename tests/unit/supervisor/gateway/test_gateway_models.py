@@ -32,13 +32,22 @@ async def test_all_tracked_models_are_listed_on_demand(
 
 
 async def test_a_model_says_what_it_can_do(client: httpx.AsyncClient, fleet: FakeFleet) -> None:
-    fleet.add(view("plain", has_chat_template=False))
-    fleet.add(view("chat", has_chat_template=True, tool_format="hermes", reasoning_format="think"))
+    text = {"kind": "generate", "tool_format": "hermes", "reasoning_format": "think"}
+    fleet.add(view("plain", kind="generate", has_chat_template=False))
+    fleet.add(view("chat", has_chat_template=True, **text))
+    fleet.add(view("vectors", kind="embed", dimensions=384, has_chat_template=False))
+    fleet.add(view("ranks", kind="rerank", has_chat_template=False))
+    fleet.add(view("unknown", "loading"))
     plain = (await client.get("/v1/models/plain")).json()
     chat = (await client.get("/v1/models/chat")).json()
     assert plain["capabilities"] == ["completion", "json_schema", "logprobs"]
     assert set(chat["capabilities"]) - set(plain["capabilities"]) == {"chat", "tools", "reasoning"}
     assert (chat["tool_format"], chat["reasoning_format"]) == ("hermes", "think")
+    vectors = (await client.get("/v1/models/vectors")).json()
+    assert (vectors["capabilities"], vectors["dimensions"]) == (["embedding"], 384)
+    assert (await client.get("/v1/models/ranks")).json()["capabilities"] == ["rerank"]
+    listed = (await client.get("/v1/models?all=true")).json()["data"]
+    assert [each["capabilities"] for each in listed if each["id"] == "unknown"] == [[]]
 
 
 @pytest.mark.parametrize("written", ["org/name:q4", "org%2Fname:q4", "org%2Fname%3Aq4"])
