@@ -160,6 +160,25 @@ def ps(
 
 
 @app.command()
+def models(
+    url: Url = None,
+    admin_key: AdminKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As the server says it.")] = False,
+) -> None:
+    """List the models on the server's machine, loaded or not."""
+    from supervisor.client import AVAILABLE_COLUMNS, available_cells
+
+    with _connected(url, admin_key=admin_key) as client:
+        found = client.available()
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found, indent=2))
+        return
+    print_table(AVAILABLE_COLUMNS, map(available_cells, found))
+
+
+@app.command()
 def load(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="ID, PATH or NAME=PATH.")],
     backend: Annotated[str | None, typer.Option(help="mlx or llama; else by format.")] = None,

@@ -55,6 +55,41 @@ def model_cells(view: Mapping[str, Any]) -> list[str]:
     ]
 
 
+AVAILABLE_COLUMNS = (
+    *("MODEL", "FORMAT", "KIND", "ARCHITECTURE", "PARAMETERS"),
+    *("QUANTIZATION", "SIZE", "CONTEXT", "RUNS ON"),
+)
+
+
+def available_cells(model: Mapping[str, Any]) -> list[str]:
+    """A model on disk in the words of ``AVAILABLE_COLUMNS``; what is wrong comes last."""
+    if not model["complete"]:
+        return [model["id"], model["format"], *6 * ["-"], model["problem"]]
+    return [
+        model["id"],
+        model["format"],
+        model["kind"],
+        model["architecture"] or "-",
+        _parameters(model["parameters"]),
+        model["quantization"] or "-",
+        f"{model['size_bytes'] / 1e9:.2f} GB",
+        "-" if model["context_length"] is None else str(model["context_length"]),
+        ", ".join(map(_option, model["backends"])),
+    ]
+
+
+def _parameters(count: int) -> str:
+    """As models are named by them: 135M, 8.0B."""
+    if not count:
+        return "-"
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+
+def _option(option: Mapping[str, Any]) -> str:
+    name = str(option["backend"])
+    return name if option["usable"] else f"not on {name}: {option['reason']}"
+
+
 class Client:
     """Talks to one server; a context manager. Every method raises ``ClientError``."""
 
@@ -92,6 +127,11 @@ class Client:
 
     def models(self) -> list[dict[str, Any]]:
         models: list[dict[str, Any]] = self.admin("GET", "/admin/models")["models"]
+        return models
+
+    def available(self) -> list[dict[str, Any]]:
+        """The models on the server's machine, loaded or not."""
+        models: list[dict[str, Any]] = self.admin("GET", "/admin/models/available")["models"]
         return models
 
     def explain(self, model_id: str) -> list[str]:

@@ -143,6 +143,11 @@ class Fleet:
             raise CodedError(ErrorCode.NOT_FOUND, f"no incident {incident_id!r}")
         return found
 
+    async def available(self) -> dict[str, object]:
+        """What is on this machine, loaded or not: ``{models, count}``."""
+        found = await self._gate.available()
+        return {"models": found, "count": len(found)}
+
     # --- requests ---
 
     def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:

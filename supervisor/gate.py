@@ -13,6 +13,7 @@ from protocol.errors import UNCOUNTED_LOAD_FAILURES, CodedError, ErrorCode
 from supervisor import admission, compatibility, modelfiles
 from supervisor.accounts import AccountKey
 from supervisor.admission import BlockRule
+from supervisor.catalog import AvailableModel, Catalog, hub_cache_dir
 from supervisor.modelfiles import ModelFiles
 from supervisor.registry import Registry
 from supervisor.runtimes import installed_backends
@@ -63,7 +64,11 @@ class Gate:
         self._settings = settings
         self._registry = registry
         self._blocklist = blocklist
+        self._hub_cache = settings.hub_cache_dir or hub_cache_dir()
         self._configured = dict(map(_resolve, settings.models))
+        self._catalog = Catalog(
+            settings.effective_models_dir, self._hub_cache, self._configured, blocklist
+        )
 
     @property
     def configured(self) -> list[LoadSpec]:
@@ -84,7 +89,15 @@ class Gate:
             return _absolute(spec.path)
         configured = self._configured.get(spec.model_id)
         wanted = configured.path if configured is not None else spec.model_id
-        return await asyncio.to_thread(modelfiles.find, wanted, self._settings.effective_models_dir)
+        return await asyncio.to_thread(self._find, wanted)
+
+    def _find(self, wanted: str) -> Path:
+        return modelfiles.find(wanted, self._settings.effective_models_dir, self._hub_cache)
+
+    async def available(self) -> list[AvailableModel]:
+        """What is on this machine, loaded or not; see ``catalog``."""
+        installed = await self.installed()
+        return await asyncio.to_thread(self._catalog.available, installed)
 
     async def installed(self) -> dict[str, str | None]:
         """Versions of the backends that are here now, see ``runtimes``."""
@@ -109,7 +122,7 @@ class Gate:
             version = installed[backend]
             assert version is not None
             if not spec.allow_unsupported_runtime:
-                traits = files.traits(model_id)
+                traits = files.signature(model_id)
                 admission.check_blocklist(self._blocklist, traits, backend, version)
         except CodedError as refusal:
             if refusal.code in UNCOUNTED_LOAD_FAILURES:
@@ -140,9 +153,8 @@ class Gate:
         path = _absolute(wanted)
         if await asyncio.to_thread(modelfiles.exists, path):
             return path
-        folder = self._settings.effective_models_dir
         try:
-            return await asyncio.to_thread(modelfiles.find, wanted, folder)
+            return await asyncio.to_thread(self._find, wanted)
         except CodedError as refusal:
             raise CodedError(
                 ErrorCode.INVALID_VALUE, f"draft model: {refusal}", param="draft_model"
@@ -161,8 +173,8 @@ class Gate:
         metadata: dict[str, object] = {"code": refusal.code, "refused": True}
         if files is not None:
             metadata["digest"] = files.digest
-            metadata["architecture"] = files.architecture
-            metadata["quantization"] = files.quantization
+            metadata["architecture"] = files.traits.architecture
+            metadata["quantization"] = files.traits.quantization
         self._registry.add(
             model=model_id,
             backend=backend[:MAX_BACKEND_CHARS],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,9 @@ DEFAULT_ALIGNMENT = 32
 MAX_TENSORS = 1_000_000
 MAX_KEYS = 100_000
 MAX_ARRAY_STRINGS = 10_000_000
+
+#: The longest text that is kept, a chat template, has some 100 kB.
+MAX_TEXT_BYTES = 16 * 1024 * 1024
 
 #: A header of a large vocabulary has a few MB.
 READ_BYTES = 1024 * 1024
@@ -60,10 +64,23 @@ _FILE_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What the gate needs. ``quantization`` is empty when the file does not say."""
+    """What the file says of itself.
+
+    ``quantization`` is empty when it does not say. ``values`` are its texts and whole
+    numbers by key, ``lengths`` those of its arrays. ``parameters`` are the elements of all
+    tensors in this file.
+    """
 
     architecture: str
     quantization: str
+    values: Mapping[str, str | int]
+    lengths: Mapping[str, int]
+    parameters: int
+
+    def number(self, key: str) -> int | None:
+        """A whole number of the architecture's, such as ``context_length``."""
+        value = self.values.get(f"{self.architecture}.{key}")
+        return value if isinstance(value, int) else None
 
 
 class _Malformed(Exception):
@@ -98,7 +115,10 @@ class _Cursor:
         return int(value)
 
     def text(self) -> str:
-        return self.take(self.number(_U64)).decode(errors="replace")
+        size = self.number(_U64)
+        if size > MAX_TEXT_BYTES:
+            raise _Malformed(f"its header has a text of {size} bytes")
+        return self.take(size).decode(errors="replace")
 
     def _advance(self, size: int) -> None:
         if size > self._left:
@@ -108,7 +128,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Check structure and size, and return what the gate needs.
+    """Check structure and size, and return what it says.
 
     Raises ``model_incomplete`` for an empty, truncated or damaged file,
     ``model_unsupported_backend`` for another format or an unknown version, and
@@ -143,25 +163,30 @@ def _parse(cursor: _Cursor, file_size: int, path: Path) -> GgufHeader:
     if tensors > MAX_TENSORS or keys > MAX_KEYS:
         raise _Malformed(f"its header claims {tensors} tensors and {keys} keys")
     values: dict[str, str | int] = {}
+    lengths: dict[str, int] = {}
     for _ in range(keys):
         key = cursor.text()
         kind = cursor.number(_U32)
-        value = _read_value(cursor, kind)
-        if value is not None:
+        if kind == _ARRAY:
+            lengths[key] = _skip_array(cursor)
+        elif (value := _read_value(cursor, kind)) is not None:
             values[key] = value
     alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise _Malformed(f"its alignment is {alignment!r}")
-    _check_tensors(cursor, tensors, alignment, file_size)
+    parameters = _check_tensors(cursor, tensors, alignment, file_size)
     file_type = values.get("general.file_type")
     return GgufHeader(
         architecture=str(values.get("general.architecture", "")),
         quantization=_FILE_TYPES.get(file_type, "") if isinstance(file_type, int) else "",
+        values=values,
+        lengths=lengths,
+        parameters=parameters,
     )
 
 
 def _read_value(cursor: _Cursor, kind: int) -> str | int | None:
-    """A string or a number; None for an array, which is skipped."""
+    """A text or a whole number; None for a fraction, which is skipped."""
     if kind == _STRING:
         return cursor.text()
     if kind in _INTEGERS:
@@ -169,8 +194,10 @@ def _read_value(cursor: _Cursor, kind: int) -> str | int | None:
     if kind in _SIZES:
         cursor.skip(_SIZES[kind])
         return None
-    if kind != _ARRAY:
-        raise _Malformed(f"its header has a value of unknown type {kind}")
+    raise _Malformed(f"its header has a value of unknown type {kind}")
+
+
+def _skip_array(cursor: _Cursor) -> int:
     item_kind, length = cursor.number(_U32), cursor.number(_U64)
     if item_kind in _SIZES:
         cursor.skip(_SIZES[item_kind] * length)
@@ -179,12 +206,12 @@ def _read_value(cursor: _Cursor, kind: int) -> str | int | None:
             cursor.skip(cursor.number(_U64))
     else:
         raise _Malformed(f"its header has an array of {length} values of type {item_kind}")
-    return None
+    return length
 
 
-def _check_tensors(cursor: _Cursor, tensors: int, alignment: int, file_size: int) -> None:
-    """The last byte of every tensor of a known type must be in the file."""
-    end = 0
+def _check_tensors(cursor: _Cursor, tensors: int, alignment: int, file_size: int) -> int:
+    """The last byte of every tensor of a known type must be in the file; their elements."""
+    end = parameters = 0
     for _ in range(tensors):
         cursor.skip(cursor.number(_U64))
         dimensions = cursor.number(_U32)
@@ -193,6 +220,7 @@ def _check_tensors(cursor: _Cursor, tensors: int, alignment: int, file_size: int
         elements = 1
         for _ in range(dimensions):
             elements *= cursor.number(_U64)
+        parameters += elements
         per_block, block_bytes = _BLOCKS.get(cursor.number(_U32), (1, 0))
         end = max(end, cursor.number(_U64) + elements // per_block * block_bytes)
     start = -(-cursor.at // alignment) * alignment
@@ -200,6 +228,7 @@ def _check_tensors(cursor: _Cursor, tensors: int, alignment: int, file_size: int
         raise _Malformed(
             f"it has {file_size} bytes where its tensors need {start + end}: truncated"
         )
+    return parameters
 
 
 def _incomplete(path: Path, why: str) -> CodedError:

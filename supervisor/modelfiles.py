@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import msgspec
-
 from protocol.errors import CodedError, ErrorCode
-from supervisor import gguf
+from protocol.messages import ModelKind
+from supervisor import gguf_model, modelfolder
+from supervisor.traits import Traits
 
 SIMULATED_SUFFIX = ".sim.json"
 
@@ -17,34 +19,41 @@ SIMULATED_SUFFIX = ".sim.json"
 #: to hash whole at every load.
 DIGEST_SAMPLE_BYTES = 1024 * 1024
 
-#: A ``config.json`` is a few kB; what is larger is not one.
-MAX_CONFIG_BYTES = 16 * 1024 * 1024
+#: How the hub's cache names the folder of a model.
+_CACHED = "models--"
+_REVISION = re.compile(r"[0-9a-zA-Z._-]{1,128}")
+
+SIMULATED_TRAITS = Traits("simulated", "", 0, None, ModelKind.GENERATE, has_chat_template=True)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model as found on disk. ``digest`` changes whenever its files do."""
+    """A model as found on disk. ``digest`` changes whenever its files do.
+
+    ``vocabulary`` is a digest of its tokenizer's file where that is one of its own.
+    """
 
     path: Path
     format: str
-    architecture: str
-    quantization: str
+    traits: Traits
     size_bytes: int
     digest: str
+    count: int = 1
+    vocabulary: str = ""
 
-    def traits(self, model_id: str) -> dict[str, str]:
-        """What the runtime blocklist's signatures match against."""
+    def signature(self, model_id: str) -> dict[str, str]:
+        """What the runtime blocklist's rules match against."""
         return {
             "id": model_id,
             "format": self.format,
-            "architecture": self.architecture,
-            "quantization": self.quantization,
+            "architecture": self.traits.architecture,
+            "quantization": self.traits.quantization,
         }
 
 
 def default_id(path: Path) -> str:
     """The id of a local path: the file's name without its format's suffix, or the folder's."""
-    return path.name.removesuffix(SIMULATED_SUFFIX).removesuffix(".gguf")
+    return gguf_model.stem_of(path.name.removesuffix(SIMULATED_SUFFIX))
 
 
 def canonical_id(model_id: str) -> str:
@@ -60,11 +69,12 @@ def exists(path: Path) -> bool:
         return False
 
 
-def find(model_id: str, models_dir: Path) -> Path:
-    """The path of an id in the models folder; an absolute path stands for itself.
+def find(model_id: str, models_dir: Path, hub_cache: Path | None = None) -> Path:
+    """The path of an id in the models folder, or else in the hub's cache; an absolute path
+    stands for itself.
 
-    A hub model ``org/name`` is a folder, a GGUF of it ``org/name:file-stem``.
-    Raises ``model_not_found``.
+    A hub model ``org/name`` is a folder, a GGUF of it ``org/name:file-stem``; the first part
+    stands for one that is split. Raises ``model_not_found``.
     """
     if PurePosixPath(model_id).is_absolute():
         candidates = [Path(model_id)]
@@ -81,7 +91,44 @@ def find(model_id: str, models_dir: Path) -> Path:
     for candidate in candidates:
         if exists(candidate):
             return candidate
+        if (part := gguf_model.find_first_part(candidate.parent, candidate.name)) is not None:
+            return part
+    if hub_cache is not None and (cached := _find_cached(model_id, hub_cache)) is not None:
+        return cached
     raise CodedError(ErrorCode.MODEL_NOT_FOUND, f"no model {model_id!r} here", param="model_id")
+
+
+def cached_repos(hub_cache: Path) -> Iterator[tuple[str, Path]]:
+    """The hub's models in its cache: id, and the folder of the revision that ``main`` was.
+
+    Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    try:
+        folders = sorted(hub_cache.glob(f"{_CACHED}*"))
+    except OSError:
+        return
+    for folder in folders:
+        repo = folder.name.removeprefix(_CACHED).replace("--", "/")
+        if (snapshot := _snapshot(folder)) is not None:
+            yield repo, snapshot
+
+
+def _find_cached(model_id: str, hub_cache: Path) -> Path | None:
+    repo, _, stem = canonical_id(model_id).partition(":")
+    snapshot = _snapshot(hub_cache / f"{_CACHED}{repo.replace('/', '--')}")
+    if snapshot is None or not stem:
+        return snapshot
+    whole = snapshot / f"{stem}.gguf"
+    return whole if exists(whole) else gguf_model.find_first_part(snapshot, stem)
+
+
+def _snapshot(folder: Path) -> Path | None:
+    try:
+        revision = (folder / "refs" / "main").read_text().strip()
+        snapshot = folder / "snapshots" / revision
+        return snapshot if _REVISION.fullmatch(revision) and snapshot.is_dir() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _is_plain(model_id: str) -> bool:
@@ -98,69 +145,44 @@ def format_of(path: Path) -> str:
 
 
 def inspect(path: Path) -> ModelFiles:
-    """Read headers only. Raises ``model_not_found``, ``model_incomplete`` or
-    ``model_unsupported_backend``."""
+    """Read headers only. Raises ``model_not_found``, ``model_incomplete`` with all that is
+    missing or short, or ``model_unsupported_backend``."""
     try:
         if path.is_dir():
-            return _inspect_folder(path)
+            traits, files = modelfolder.read_model(path)
+            return _found(files, path, "mlx", traits)
         if path.name.endswith(SIMULATED_SUFFIX):
-            return _found([path], path, "simulated", "simulated", "")
+            return _found([path], path, "simulated", SIMULATED_TRAITS)
         if path.is_file():
-            return _inspect_gguf(path)
+            traits, files = gguf_model.read_model(path)
+            return _found(files, files[0], "gguf", traits)
     except (OSError, ValueError) as error:
         raise CodedError(ErrorCode.MODEL_INCOMPLETE, f"cannot read {path.name}: {error}") from error
     raise CodedError(ErrorCode.MODEL_NOT_FOUND, f"no model at {path}", param="path")
 
 
-def _inspect_gguf(path: Path) -> ModelFiles:
-    header = gguf.read_header(path)
-    return _found([path], path, "gguf", header.architecture, header.quantization)
-
-
-def _inspect_folder(path: Path) -> ModelFiles:
-    config_path = path / "config.json"
-    if not config_path.is_file():
-        raise CodedError(ErrorCode.MODEL_INCOMPLETE, f"{path} has no config.json", param="path")
-    try:
-        with config_path.open("rb") as file:
-            config = msgspec.json.decode(file.read(MAX_CONFIG_BYTES), type=_Config)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CodedError(
-            ErrorCode.MODEL_INCOMPLETE, f"{path.name}/config.json cannot be read: {error}"
-        ) from error
-    # Regular files only: opening a pipe would wait for ever.
-    suffixes = {".safetensors", ".json", ".jinja"}
-    files = sorted(p for p in path.iterdir() if p.suffix in suffixes and p.is_file())
-    quantization = ""
-    if config.quantization is not None:
-        quantization = f"{config.quantization.get('bits', '?')}bit"
-    return _found(files, path, "mlx", config.model_type, quantization)
-
-
-class _Config(msgspec.Struct):
-    model_type: str = ""
-    quantization: dict[str, object] | None = None
-
-
-def _found(
-    files: list[Path], path: Path, model_format: str, architecture: str, quantization: str
-) -> ModelFiles:
+def _found(files: list[Path], path: Path, model_format: str, traits: Traits) -> ModelFiles:
     digest = hashlib.sha256()
     total = 0
+    vocabulary = ""
     for file in files:
         size = file.stat().st_size
         total += size
         digest.update(f"{file.name}\0{size}\0".encode())
         with file.open("rb") as content:
-            digest.update(content.read(DIGEST_SAMPLE_BYTES))
+            sample = content.read(DIGEST_SAMPLE_BYTES)
+            digest.update(sample)
+            if file.name in modelfolder.TOKENIZERS and not vocabulary:
+                vocabulary = f"{size}:{hashlib.sha256(sample).hexdigest()}"
             if size > DIGEST_SAMPLE_BYTES:
                 content.seek(max(DIGEST_SAMPLE_BYTES, size - DIGEST_SAMPLE_BYTES))
                 digest.update(content.read(DIGEST_SAMPLE_BYTES))
     return ModelFiles(
         path=path,
         format=model_format,
-        architecture=architecture,
-        quantization=quantization,
+        traits=traits,
         size_bytes=total,
         digest=digest.hexdigest(),
+        count=len(files),
+        vocabulary=vocabulary,
     )

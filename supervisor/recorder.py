@@ -105,7 +105,7 @@ class Recorder:
             metadata={
                 **metadata,
                 "digest": files.digest,
-                "architecture": files.architecture,
-                "quantization": files.quantization,
+                "architecture": files.traits.architecture,
+                "quantization": files.traits.quantization,
             },
         )

@@ -29,6 +29,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     host: str = "127.0.0.1"
     port: int = 8000
     models_dir: Path | None = None
+    #: The cache of Hugging Face's libraries; None: where they have it.
+    hub_cache_dir: Path | None = None
     models: tuple[ModelSetting, ...] = ()
     admin_key: str | None = None
     api_key: str | None = None

@@ -190,6 +190,37 @@ def test_a_model_by_path(server: Server, tiny_gguf: Path) -> None:
     unload(server, tiny_gguf.stem)
 
 
+def test_what_is_on_this_machine(server: Server, models_dir: Path) -> None:
+    answer = server.http.get("/admin/models/available").json()
+    found = {model["id"]: model for model in answer["models"]}
+    assert answer["count"] == len(found)
+    assert {"tiny", "org/tiny-mlx"} <= found.keys()
+    for name, backend in (("tiny", "llama"), ("org/tiny-mlx", "mlx")):
+        model = found[name]
+        assert model["complete"]
+        assert [option["backend"] for option in model["backends"] if option["usable"]] == [backend]
+        assert Path(model["path"]).is_relative_to(models_dir)
+        assert server.load(name).status_code == 200
+        assert server.model(name)["context_length"] == model["context_length"]
+        unload(server, name)
+
+
+def test_a_model_in_the_hubs_cache_is_loaded_by_its_name(tmp_path: Path, tiny_gguf: Path) -> None:
+    repo = tmp_path / "hub" / "models--org--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0a1b")
+    blob = repo / "blobs" / "f00d"
+    blob.parent.mkdir()
+    shutil.copy(tiny_gguf, blob)
+    (repo / "snapshots" / "0a1b").mkdir(parents=True)
+    (repo / "snapshots" / "0a1b" / "f32.gguf").symlink_to(blob)
+    with serve(tmp_path / "home", HF_HUB_CACHE=str(tmp_path / "hub")) as server:
+        [model] = server.http.get("/admin/models/available").json()["models"]
+        assert (model["id"], model["source"]) == ("org/name:f32", "hub_cache")
+        assert server.load("org/name:f32").status_code == 200
+        assert server.chat("org/name:f32", max_tokens=2).status_code == 200
+
+
 def test_compatibility_remembers_passes_and_failures(server: Server, models_dir: Path) -> None:
     server.load("tiny")
     unload(server, "tiny")

@@ -101,6 +101,18 @@ def test_a_bad_gguf(
     assert_refused(server, path, status, code)
 
 
+def test_a_model_in_parts(server: Server, tmp_path: Path) -> None:
+    first, second, *_ = sorted(
+        write_tiny_gguf(tmp_path / "split.gguf", tensors_per_part=16).parent.iterdir()
+    )
+    answer = server.load("split", path=str(first))
+    assert answer.status_code == 200, answer.text
+    assert server.chat("split", max_tokens=2).status_code == 200
+    server.http.post("/admin/models/unload", json={"model_id": "split"})
+    second.unlink()
+    assert second.name in assert_refused(server, first, 409, "model_incomplete")
+
+
 def test_a_missing_path(server: Server, tmp_path: Path) -> None:
     assert_refused(server, tmp_path / "nowhere.gguf", 404, "model_not_found")
 

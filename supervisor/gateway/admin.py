@@ -108,6 +108,11 @@ async def get_model(gateway: Gateway, call: Call) -> Response:
     return json_response(gateway.fleet.model(call.path_params["id"]))
 
 
+async def available_models(gateway: Gateway, call: Call) -> Response:
+    """What is on this machine, loaded or not, and what could run it."""
+    return json_response(await gateway.fleet.available())
+
+
 async def compatibility(gateway: Gateway, call: Call) -> Response:
     """Registry records, filtered by ``model``, ``backend``, ``outcome``, ``since``, ``limit``."""
     query = call.query_params

@@ -102,6 +102,7 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
         route("/v1/models", Side.INFERENCE, {"GET": models.list_models}),
         route("/v1/models/{id:path}", Side.INFERENCE, {"GET": models.get_model}),
         route("/admin/models", Side.ADMIN, {"GET": admin.list_models}),
+        route("/admin/models/available", Side.ADMIN, {"GET": admin.available_models}),
         route("/admin/models/load", Side.ADMIN, {"POST": admin.load_model}),
         route("/admin/models/unload", Side.ADMIN, {"POST": admin.unload_model}),
         route("/admin/models/compatibility", Side.ADMIN, {"GET": admin.compatibility}),

@@ -123,6 +123,7 @@ class FakeFleet(Fleet):
     inquiries_called_off: int = 0
     loads: list[LoadSpec] = field(default_factory=list)
     queries: list[dict[str, object]] = field(default_factory=list)
+    on_disk: list[dict[str, object]] = field(default_factory=list)
     load_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     finished_loads: int = 0
     started: bool = False
@@ -252,6 +253,9 @@ class FakeFleet(Fleet):
         if self.model(model_id).readiness.state != "quarantined":
             raise CodedError(ErrorCode.MODEL_CONFLICT, f"{model_id} is not quarantined")
         del self.views[model_id]
+
+    async def available(self) -> dict[str, object]:
+        return {"models": self.on_disk, "count": len(self.on_disk)}
 
     async def compatibility(
         self,

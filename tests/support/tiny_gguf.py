@@ -51,6 +51,7 @@ def write_tiny_gguf(
     extra_embedding_rows: int = 0,
     flaw: Flaw = "none",
     pooling: Literal["mean", "last", "rank"] | None = None,
+    tensors_per_part: int = 0,
 ) -> Path:
     """Write a GGUF with llama's tensors to `path`, and return it.
 
@@ -59,10 +60,12 @@ def write_tiny_gguf(
     the template out. `extra_embedding_rows` makes the embedding disagree with
     the vocabulary, which llama.cpp refuses to load. With a `pooling` it is no
     generator: each text becomes one vector, or with "rank" a score, as qwen3 has it.
+    With `tensors_per_part` the model is split, and the first part's path returned.
     """
     shape = Shape(hidden=hidden, layers=layers, context_length=context_length)
     vocab = tiny_vocab()
-    writer = gguf.GGUFWriter(path, "qwen3" if pooling == "rank" else architecture)
+    name = "qwen3" if pooling == "rank" else architecture
+    writer = gguf.GGUFWriter(path, name, split_max_tensors=tensors_per_part)
     _add_shape(writer, shape, vocab)
     if pooling is not None:
         writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
@@ -84,7 +87,7 @@ def write_tiny_gguf(
         random = numpy.random.default_rng(seed)
         named["cls.output.weight"] = random.normal(0, 0.05, (2, hidden)).astype(numpy.float32)
     write_tensors(writer, named)
-    return path
+    return next(path.parent.glob(f"{path.stem}-00001-of-*")) if tensors_per_part else path
 
 
 def write_tensors(writer: gguf.GGUFWriter, tensors: Mapping[str, numpy.ndarray]) -> None:

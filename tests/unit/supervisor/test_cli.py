@@ -92,6 +92,31 @@ def test_ps(url: str, fleet: FakeFleet) -> None:
     ]
 
 
+def test_models(url: str, fleet: FakeFleet) -> None:
+    here = {"id": "a", "path": "/a.gguf", "source": "models_dir", "format": "gguf"}
+    option = {"backend": "llama", "version": None, "usable": False, "reason": "it is not installed"}
+    known = {
+        **{"complete": True, "kind": "generate", "architecture": "llama", "quantization": "Q4_K_M"},
+        **{"parameters": 8_030_000_000, "size_bytes": 4_900_000_000, "context_length": 8192},
+        "backends": [option],
+    }
+    fleet.on_disk = [
+        {**here, **known},
+        {**here, "id": "b", "complete": False, "problem": "b is incomplete: it is empty"},
+        {**here, **known, "id": "c", "parameters": 135e6, "backends": [{**option, "usable": True}]},
+    ]
+    result = opta("models", "--url", url)
+    assert result.exit_code == 0
+    header, a, b, c = result.stdout.splitlines()
+    assert header.split()[:3] == ["MODEL", "FORMAT", "KIND"]
+    assert a.split()[:8] == ["a", "gguf", "generate", "llama", "8.0B", "Q4_K_M", "4.90", "GB"]
+    assert a.rstrip().endswith("not on llama: it is not installed")
+    assert b.rstrip().endswith("b is incomplete: it is empty")
+    assert c.split()[4] == "135M"
+    assert c.split()[-1] == "llama"
+    assert json.loads(opta("models", "--url", url, "--json").stdout) == fleet.on_disk
+
+
 def test_ps_shows_probation_and_nothing_that_moves_the_cursor(url: str, fleet: FakeFleet) -> None:
     fleet.add(view("p", readiness=readiness(reason="a\x1b[2Jb\n", probation=True)))
     result = opta("ps", "--url", url)

@@ -38,7 +38,7 @@ from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed
 from supervisor.metrics import Metrics
-from supervisor.modelfiles import ModelFiles
+from supervisor.modelfiles import SIMULATED_TRAITS, ModelFiles
 from supervisor.oom_kills import OomKills
 from supervisor.quarantine import FailureKind, Policy
 from supervisor.registry import Registry
@@ -122,7 +122,7 @@ class Scene:
             server_mark="mark",
             oom_kills=OomKills(),
         )
-        files = ModelFiles(home / "x.sim.json", "simulated", "simulated", "", 1, "digest")
+        files = ModelFiles(home / "x.sim.json", "simulated", SIMULATED_TRAITS, 1, "digest")
         self.ledger = services.ledger
         self.generation = Generation(
             1,

@@ -1,12 +1,13 @@
 """Finding models on disk, and what the gate learns of them."""
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.modelfiles import default_id, find, inspect
+from tests.support.tiny_gguf import write_tiny_gguf
 
 
 def code_of(path: Path) -> ErrorCode:
@@ -53,36 +54,61 @@ def test_other_ids_are_not_found(tmp_path: Path, model_id: str) -> None:
     assert refusal.value.code is ErrorCode.MODEL_NOT_FOUND
 
 
+def test_a_split_model_is_found_by_its_first_part(tmp_path: Path) -> None:
+    first = write_tiny_gguf(tmp_path / "tiny.gguf", tensors_per_part=16)
+    assert default_id(first) == "tiny"
+    assert find("tiny", tmp_path) == first
+    files = inspect(first)
+    assert files.path == first
+    assert files.count > 1
+    assert files.size_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_the_hubs_cache_comes_after_the_models_folder(tmp_path: Path) -> None:
+    repo = tmp_path / "hub" / "models--org--name"
+    snapshot = repo / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    (snapshot / "q4.gguf").touch()
+    models_dir = tmp_path / "models"
+    assert find("org/name", models_dir, tmp_path / "hub") == snapshot
+    assert find("org/name:q4", models_dir, tmp_path / "hub") == snapshot / "q4.gguf"
+    for missing in ("org/name:q8", "org/other"):
+        with pytest.raises(CodedError):
+            find(missing, models_dir, tmp_path / "hub")
+    (models_dir / "org" / "name").mkdir(parents=True)
+    assert find("org/name", models_dir, tmp_path / "hub") == models_dir / "org" / "name"
+
+
 def test_a_gguf(tiny_gguf: Path) -> None:
     files = inspect(tiny_gguf)
-    assert (files.format, files.architecture) == ("gguf", "llama")
+    assert (files.format, files.traits.architecture) == ("gguf", "llama")
     assert files.size_bytes == tiny_gguf.stat().st_size
 
 
 def test_an_mlx_folder(tiny_mlx: Path) -> None:
     files = inspect(tiny_mlx)
-    assert (files.format, files.architecture, files.quantization) == ("mlx", "llama", "")
+    assert (files.format, files.traits.architecture) == ("mlx", "llama")
 
 
-def test_the_digest_changes_with_the_files(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(bytes(3_000_000))
-    before = inspect(tmp_path).digest
-    assert inspect(tmp_path).digest == before
-    weights.write_bytes(bytes(2_999_999) + b"x")
-    assert inspect(tmp_path).digest != before
-
-
-def test_a_quantised_folder_says_so(tmp_path: Path) -> None:
-    config = {"model_type": "qwen3", "quantization": {"bits": 4, "group_size": 64}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert inspect(tmp_path).quantization == "4bit"
+def test_the_digest_changes_with_the_files(tiny_mlx: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_mlx, folder)
+    before = inspect(folder)
+    assert inspect(folder) == before
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    after = inspect(folder)
+    assert after.digest != before.digest
+    assert after.vocabulary == before.vocabulary != ""
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    assert inspect(folder).vocabulary != before.vocabulary
 
 
 def test_bad_paths(tmp_path: Path) -> None:
     assert code_of(tmp_path / "missing") is ErrorCode.MODEL_NOT_FOUND
     assert code_of(tmp_path) is ErrorCode.MODEL_INCOMPLETE
-    for content in ("{", "[]", "", '{"model_type": 3}'):
-        (tmp_path / "config.json").write_text(content)
-        assert code_of(tmp_path) is ErrorCode.MODEL_INCOMPLETE
