@@ -25,6 +25,7 @@ from supervisor.gateway.openai.responses_request import (
     to_generate,
 )
 from supervisor.gateway.openai.responses_store import Stored
+from supervisor.gateway.openai.responses_tools import namespaced
 from supervisor.gateway.scheduling import key_digest, terms_of
 from supervisor.gateway.streaming import open_event_stream
 
@@ -50,6 +51,7 @@ async def create_response(gateway: Gateway, call: Call) -> HttpResponse:
         sealed=SEALED_REASONING in include,
         summarised=response.reasoning.summary is not None,
         logprobs=LOGPROBS in include,
+        namespaced=namespaced(request.tools),
     )
 
     def keep(response: Response) -> None:

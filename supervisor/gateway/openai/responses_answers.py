@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -13,10 +13,12 @@ from protocol.errors import CodedError
 from protocol.messages import FinishReason, Sampling
 from supervisor.gateway.errors import error_object
 from supervisor.gateway.openai.responses_items import OutputItem
-from supervisor.gateway.openai.responses_request import (
-    Format,
-    ResponseRequest,
+from supervisor.gateway.openai.responses_request import Format, ResponseRequest
+from supervisor.gateway.openai.responses_tools import (
+    AnsweredNamespace,
+    AnsweredTool,
     ToolChoice,
+    answered_tools,
 )
 from supervisor.gateway.openai.tools import TextFormat
 from supervisor.stream import RequestStream
@@ -56,13 +58,6 @@ class AnsweredReasoning(msgspec.Struct):
     summary: str | None
 
 
-class AnsweredTool(msgspec.Struct, tag="function"):
-    name: str
-    description: str | None
-    parameters: dict[str, Any] | None
-    strict: bool
-
-
 class Response(msgspec.Struct, kw_only=True):
     """As it begins; ``finished`` and ``failed`` say how it ends."""
 
@@ -91,7 +86,7 @@ class Response(msgspec.Struct, kw_only=True):
     temperature: float
     text: AnsweredText
     tool_choice: Literal["none", "auto", "required"] | ToolChoice
-    tools: list[AnsweredTool]
+    tools: list[AnsweredTool | AnsweredNamespace]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"] = "disabled"
@@ -126,10 +121,7 @@ def new_response(request: ResponseRequest, *, store: bool) -> Response:
         temperature=sampling.temperature,
         text=AnsweredText(text_format or TextFormat()),
         tool_choice=request.tool_choice or "auto",
-        tools=[
-            AnsweredTool(tool.name or "", tool.description, tool.parameters, bool(tool.strict))
-            for tool in request.tools or ()
-        ],
+        tools=answered_tools(request.tools),
         top_logprobs=request.top_logprobs or 0,
         top_p=sampling.top_p,
         user=_text_or_none(request.user),

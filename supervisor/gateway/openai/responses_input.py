@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -27,6 +27,7 @@ from supervisor.gateway.openai.responses_items import (
     new_item_id,
     unseal,
 )
+from supervisor.gateway.openai.responses_tools import qualified
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class InputItem(msgspec.Struct, kw_only=True):
     output: str | list[Part] | None = None
     summary: list[Part] | None = None
     encrypted_content: str | None = None
-    namespace: Any = None
+    namespace: str | None = None
 
 
 def items_of(given: str | list[InputItem], find: FindItem) -> list[Item]:
@@ -67,7 +68,7 @@ def items_of(given: str | list[InputItem], find: FindItem) -> list[Item]:
 
 
 def _item(given: InputItem, at: str, find: FindItem) -> Item:
-    if given.namespace is not None:
+    if given.namespace is not None and given.type != "function_call":
         raise unsupported(f"{at}.namespace")
     match given.type:
         case "message":
@@ -85,6 +86,7 @@ def _item(given: InputItem, at: str, find: FindItem) -> Item:
                 _required(given.name, f"{at}.name"),
                 _required(given.arguments, f"{at}.arguments"),
                 given.status or "completed",
+                UNSET if given.namespace is None else given.namespace,
             )
         case "function_call_output":
             output = given.output
@@ -200,7 +202,7 @@ class _Turn(msgspec.Struct):
             case Message():
                 self.content.append(_text_of(item.content))
             case FunctionCall():
-                self.calls.append(ToolCall(item.call_id, item.name, item.arguments))
+                self.calls.append(ToolCall(item.call_id, _name_of(item), item.arguments))
 
     def message(self) -> ChatMessage:
         reasoning = "\n".join(self.reasoning) if self.reasoning else None
@@ -214,7 +216,7 @@ def messages_of(instructions: str | None, items: Sequence[Item]) -> list[ChatMes
     if instructions:
         turns.append(ChatMessage("system", instructions))
     #: Tools by the ids of their calls: templates want a result's name as well.
-    called = {item.call_id: item.name for item in items if isinstance(item, FunctionCall)}
+    called = {item.call_id: _name_of(item) for item in items if isinstance(item, FunctionCall)}
     for item in items:
         if isinstance(item, FunctionCallOutput):
             turns.append(_result(item, called.get(item.call_id)))
@@ -227,6 +229,10 @@ def messages_of(instructions: str | None, items: Sequence[Item]) -> list[ChatMes
                 turns.append(last)
             last.add(item)
     return [turn.message() if isinstance(turn, _Turn) else turn for turn in turns]
+
+
+def _name_of(call: FunctionCall) -> str:
+    return qualified(None if call.namespace is UNSET else call.namespace, call.name)
 
 
 def _append(turns: list[ChatMessage | _Turn], item: Message) -> None:

@@ -63,13 +63,14 @@ class Reasoning(msgspec.Struct, frozen=True, tag="reasoning"):
 
 
 class FunctionCall(msgspec.Struct, frozen=True, tag="function_call"):
-    """``arguments`` is JSON text."""
+    """``arguments`` is JSON text. ``namespace``: of the function, if it is in one."""
 
     id: str
     call_id: str
     name: str
     arguments: str = ""
     status: Status = "completed"
+    namespace: str | UnsetType = UNSET
 
 
 class FunctionCallOutput(msgspec.Struct, frozen=True, tag="function_call_output"):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from protocol.chat import Extras, TokenLogprob, ToolCallPiece
 from protocol.messages import FinishReason
@@ -55,16 +55,23 @@ class OutputBuilder:
     """One answer. At most one item is open, the last; a piece of another kind closes it.
 
     ``sealed``: reasoning has its text also as ``encrypted_content``. ``summarised``: it is
-    in the summary, not the content. ``items`` are those that are closed.
+    in the summary, not the content. ``namespaced``: namespace and name of functions, by what
+    the model calls them. ``items`` are those that are closed.
     """
 
     def __init__(
-        self, *, sealed: bool = False, summarised: bool = False, logprobs: bool = False
+        self,
+        *,
+        sealed: bool = False,
+        summarised: bool = False,
+        logprobs: bool = False,
+        namespaced: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         self.items: list[OutputItem] = []
         self._sealed = sealed
         self._summarised = summarised
         self._with_logprobs = logprobs
+        self._namespaced: Mapping[str, tuple[str | UnsetType, str]] = namespaced or {}
         self._open: OutputItem | None = None
         self._texts: list[str] = []
         self._logprobs: list[ContentLogprob] = []
@@ -105,8 +112,8 @@ class OutputBuilder:
                 self._calls = piece.index + 1
                 call_id = piece.id or new_item_id("call")
                 status: Status = "in_progress"
-                item = FunctionCall(new_item_id("fc"), call_id, piece.name or "", "", status)
-                self._enter(item)
+                namespace, name = self._namespaced.get(piece.name or "", (UNSET, piece.name or ""))
+                self._enter(FunctionCall(new_item_id("fc"), call_id, name, "", status, namespace))
             self._grow(piece.arguments)
         return self._drain()
 

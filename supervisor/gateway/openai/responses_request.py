@@ -16,28 +16,20 @@ from supervisor.gateway.openai.parameters import (
     PositiveInt,
     StreamOptions,
     invalid_value,
-    missing,
     refuse_unsupported,
-    unsupported,
 )
 from supervisor.gateway.openai.responses_input import InputItem, messages_of
 from supervisor.gateway.openai.responses_items import Item
+from supervisor.gateway.openai.responses_tools import ResponseTool, ToolChoice, tool_use_of
 from supervisor.gateway.openai.tools import (
-    Choice,
-    FunctionSpec,
     GrammarFormat,
     JsonFormat,
     Name,
-    NamedFunction,
-    NamedTool,
     RegexFormat,
     SchemaFormat,
     SchemaSpec,
     TextFormat,
-    ToolSpec,
-    ToolUse,
     constraint_of,
-    tool_use,
 )
 
 LOGPROBS = "message.output_text.logprobs"
@@ -59,27 +51,6 @@ Metadata = dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_len
 
 class ObfuscatedStreamOptions(StreamOptions):
     include_obfuscation: bool | None = None
-
-
-class FunctionTool(msgspec.Struct, kw_only=True):
-    """Any tool; only functions are known."""
-
-    type: str
-    name: Name | None = None
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    allowed_callers: Any = None
-    defer_loading: Any = None
-    output_schema: Any = None
-    asynchronous: Any = msgspec.field(default=None, name="async")
-
-
-class ToolChoice(msgspec.Struct):
-    """Any choice that is an object; only that of a function is known."""
-
-    type: str
-    name: str | None = None
 
 
 class FlatSchemaFormat(msgspec.Struct, tag="json_schema"):
@@ -115,7 +86,7 @@ class ResponseRequest(Parameters, kw_only=True):
     input: str | list[InputItem]
     instructions: str | None = None
     max_output_tokens: PositiveInt | None = None
-    tools: list[FunctionTool] | None = None
+    tools: list[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -157,11 +128,6 @@ _LIMITS: Mapping[str, Sequence[Any]] = {
     "prompt_cache_options": ({}, {"mode": "implicit"}),
     "truncation": ("disabled",),
 }
-_TOOL_LIMITS: Mapping[str, Sequence[Any]] = {
-    "allowed_callers": ([], ["direct"]),
-    "defer_loading": (False,),
-    "output_schema": (),
-}
 _TEXT_LIMITS: Mapping[str, Sequence[Any]] = {"verbosity": ("medium",)}
 #: Who asks for a summary gets the reasoning itself, which is the most detailed one there is.
 _SUMMARIES = ("auto", "detailed")
@@ -187,7 +153,7 @@ def to_generate(request: ResponseRequest, items: Sequence[Item]) -> Generate:
     ):
         if fields is not None:
             refuse_unsupported(fields, limits, at=f"{name}.")
-    use = _tool_use(request)
+    use = tool_use_of(request.tools, request.tool_choice)
     max_tokens = request.max_output_tokens
     effort = request.reasoning.effort if request.reasoning is not None else None
     return Generate(
@@ -206,33 +172,6 @@ def to_generate(request: ResponseRequest, items: Sequence[Item]) -> Generate:
         top_logprobs=_top_logprobs(request),
         cache_prompt=request.cache_prompt is not False,
     )
-
-
-def _tool_use(request: ResponseRequest) -> ToolUse:
-    specs = [_spec(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())]
-    asked = request.tool_choice
-    choice: Choice | None
-    if isinstance(asked, ToolChoice):
-        if asked.type != "function":
-            raise unsupported("tool_choice", f"choices of type {asked.type[:50]!r} are")
-        if asked.name is None:
-            raise missing("tool_choice.name")
-        choice = NamedTool("function", NamedFunction(asked.name))
-    else:
-        choice = asked
-    return tool_use(specs, choice)
-
-
-def _spec(tool: FunctionTool, at: str) -> ToolSpec:
-    if tool.type != "function":
-        raise unsupported(at, f"tools of type {tool.type[:50]!r} are")
-    if tool.name is None:
-        raise missing(f"{at}.name")
-    refuse_unsupported(tool, _TOOL_LIMITS, at=f"{at}.")
-    if tool.asynchronous:
-        raise unsupported(f"{at}.async")
-    function = FunctionSpec(tool.name, tool.description, tool.parameters, tool.strict)
-    return ToolSpec("function", function)
 
 
 def _constraint(text: TextConfig | None) -> Constraint | None:

@@ -36,6 +36,7 @@ from tests.support.fake_fleet import FakeFleet, Submitted
 PATH = "/v1/responses"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
+NAMESPACE = {"type": "namespace", "name": "geo", "description": "Places", "tools": [TOOL]}
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -202,7 +203,8 @@ async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClien
         ({"reasoning": {"context": "all_turns"}}, "reasoning.context"),
         ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"type": "file_search"}]}, "tools[0]"),
+        ({"tools": [{**NAMESPACE, "tools": [{"type": "custom"}]}]}, "tools[0].tools[0]"),
         ({"tools": [TOOL, {"type": "custom", "name": "x"}]}, "tools[1]"),
         ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading"),
         ({"tools": [{**TOOL, "async": True}]}, "tools[0].async"),
@@ -273,6 +275,37 @@ async def test_bad_values_are_named(
 
 def text_part(text: str, kind: str = "input_text") -> dict[str, object]:
     return {"type": kind, "text": text}
+
+
+async def test_functions_of_namespaces(app: ASGIApp, fleet: FakeFleet) -> None:
+    given = [
+        {"role": "user", "content": "Hi"},
+        {**call_item("1"), "namespace": "geo"},
+        result_item("1"),
+    ]
+    request = body(given, tools=[TOOL, NAMESPACE, {"type": "web_search"}])
+    call, submitted = await answer_to(app, fleet, request)
+    tools = submitted.request.tools
+    assert [tool.name for tool in tools] == ["weather", "geo__weather"]
+    assert tools[1].description == "Places"
+    assert submitted.request.messages is not None
+    _, asked, result = submitted.request.messages
+    assert asked.tool_calls[0].name == result.name == "geo__weather"
+    push(submitted, tool_calls=[ToolCallPiece(0, "call_a", "geo__weather", "{}")])
+    push(submitted, tool_calls=[ToolCallPiece(1, "call_b", "weather", "{}")])
+    submitted.stream.push(Delta(0, "", [1], FinishReason.TOOL_CALLS))
+    await call.finish()
+    first, second = call.json["output"]
+    assert (first["namespace"], first["name"]) == ("geo", "weather")
+    assert "namespace" not in second
+    # A search that is never used is not named.
+    assert [tool["type"] for tool in call.json["tools"]] == ["function", "namespace"]
+    assert call.json["tools"][1]["tools"][0]["name"] == "weather"
+
+
+async def test_a_namespace_needs_a_name(client: httpx.AsyncClient) -> None:
+    request = body(tools=[{**NAMESPACE, "name": None}])
+    assert await refusal_of(client, request) == (400, "missing_required_parameter", "tools[0].name")
 
 
 def call_item(call_id: str, name: str = "weather") -> dict[str, object]:
@@ -414,7 +447,7 @@ async def test_how_items_become_turns(
             "missing_required_parameter",
             "arguments",
         ),
-        ({**call_item("1"), "namespace": "x"}, "unsupported_parameter", "namespace"),
+        ({**result_item("1"), "namespace": "x"}, "unsupported_parameter", "namespace"),
         (
             {"type": "function_call_output", "call_id": "1"},
             "missing_required_parameter",
