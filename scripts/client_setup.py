@@ -1,5 +1,5 @@
 """Installs a client that the tests drive from outside, and prints where: ``litellm`` a Python,
-``vercel`` a folder with ``node_modules``.
+``node`` a folder with ``node_modules``.
 
 Each is pinned and hashed, and kept in the cache folder under a digest of its lock file, so
 that it is installed once. Standard library only.
@@ -15,7 +15,7 @@ from pathlib import Path
 from steps import REQUIREMENTS, ROOT, StepError, cache_dir, exclusive, run, say
 
 _LITELLM_LOCK = REQUIREMENTS / "litellm.txt"
-_VERCEL = ROOT / "tests" / "clients" / "vercel"
+_NODE = ROOT / "tests" / "clients" / "node"
 _NPM_FILES = ("package.json", "package-lock.json", ".npmrc")
 
 
@@ -39,25 +39,27 @@ def litellm() -> Path:
     return home / "bin" / "python"
 
 
-def vercel() -> Path | None:
-    """A folder with Vercel's AI SDK in its node_modules; None where there is no Node.js.
+def node() -> Path | None:
+    """A folder with the clients that run on Node.js in its node_modules; None where that is not.
 
     Raises StepError when it can't be installed.
     """
     npm = shutil.which("npm")
     if npm is None or shutil.which("node") is None:
         return None
-    home = _home("vercel", *((_VERCEL / name).read_bytes() for name in _NPM_FILES))
+    home = _home("node", *((_NODE / name).read_bytes() for name in _NPM_FILES))
     with exclusive(home.parent / "install.lock", "Another test client is being installed ..."):
         if not home.exists():
-            say("Installing the Vercel AI SDK for the tests ...")
+            say("Installing clients on Node.js for the tests ...")
             with tempfile.TemporaryDirectory(prefix=".npm-", dir=home.parent) as name:
-                scratch = Path(name) / "vercel"
+                scratch = Path(name) / "node"
                 scratch.mkdir()
                 for file in _NPM_FILES:
-                    shutil.copy(_VERCEL / file, scratch)
-                options = ["--no-audit", "--no-fund", "--ignore-scripts"]
-                _run("vercel", [npm, "ci", *options, "--prefix", scratch])
+                    shutil.copy(_NODE / file, scratch)
+                # Not "npm ci", which gives up over optional packages for other machines that
+                # a registry does not have; what is in the lock file is checked all the same.
+                options = ["--no-audit", "--no-fund", "--ignore-scripts", "--omit=optional"]
+                _run("node", [npm, "install", *options, "--prefix", scratch])
                 scratch.rename(home)
     return home
 
@@ -73,9 +75,9 @@ def _run(label: str, command: list[str | Path]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("client", choices=["litellm", "vercel"])
+    parser.add_argument("client", choices=["litellm", "node"])
     try:
-        place = {"litellm": litellm, "vercel": vercel}[parser.parse_args().client]()
+        place = {"litellm": litellm, "node": node}[parser.parse_args().client]()
     except (StepError, OSError) as error:
         sys.exit(f"test clients: {error}")
     if place is None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import jsonschema
 import pytest
-from client_setup import vercel
+from client_setup import node
 
 from tests.support.foreign import ForeignClient, ForeignError, foreign_client
 from tests.support.server import Server, polls
 
-CLIENT = Path("tests/clients/vercel/client.mjs")
+CLIENT = Path("tests/clients/node/ai_sdk.mjs")
 PARIS = "What is the capital of France?"
 APIS = ["chat", "responses", "messages"]
 CALLS = [("get_weather", {"city": "Paris", "days": 2}), ("get_weather", {"city": "Rome"})]
@@ -24,7 +24,7 @@ CALLS = [("get_weather", {"city": "Paris", "days": 2}), ("get_weather", {"city":
 def client(
     client_server: Server, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ForeignClient]:
-    home = vercel()
+    home = node()
     if home is None:
         pytest.skip("there is no Node.js")
     # Node looks for packages beside the script.

@@ -26,24 +26,33 @@ AGENT = [
     *("</tool_call>", '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}'),
     "</tool_call>",
 ]
+#: What the model ``coder`` calls the shell of an agent with.
+CODE = "echo made > made.txt"
+CODER = [
+    *("Now. ", "<tool_call>", '{"name": "run_shell_', 'command", "arguments": {"comm'),
+    *(f'and": "{CODE}", "is_back', 'ground": false}}', "</tool_call>"),
+]
 CRASH = {"at": "token", "n": 3, "kind": "kill", "prompt_contains": "crash"}
 
 
 @contextmanager
 def serve_client_models(folder: Path, tiny: Path, demo: Path) -> Iterator[Server]:
     """Real models ``tiny``, ``demo``, ``embedder`` and ``ranker``; scripted ones ``agent``, which
-    says ``AGENT``, and ``talker``, which counts and is killed by a prompt with "crash"."""
+    says ``AGENT``, ``coder``, which has ``CODE`` run, and ``talker``, which counts and is killed
+    by a prompt with "crash"."""
     models = folder / "models"
     models.mkdir()
     write_tiny_bert(models / "embedder.gguf")
     write_tiny_bert(models / "ranker.gguf", pooling="rank")
     write_script(models, "agent", tokens=AGENT, chat_template=AGENT_TEMPLATE)
+    coder = {"chat_template": AGENT_TEMPLATE, "context_length": 1_000_000}
+    write_script(models, "coder", tokens=CODER, **coder)
     write_script(models, "talker", tokens=["one", " two", " three", " four"], faults=[CRASH])
     given = [f"--model=tiny={tiny}", f"--model=demo={demo}"]
     # Every client's tests kill it once.
     often = {"OPTA_LMX_FAILURE_THRESHOLD": "100", "OPTA_LMX_RESTART_DELAY_CAP_S": "0.1"}
     with serve(folder / "home", "--models-dir", str(models), *given, **often) as server:
-        for model in ("embedder", "ranker", "agent", "talker"):
+        for model in ("embedder", "ranker", "agent", "coder", "talker"):
             answer = server.load(model)
             assert answer.status_code == 200, answer.text
         for model in ("tiny", "demo"):
