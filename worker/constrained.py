@@ -9,9 +9,10 @@ from protocol.chat import Constraint, ConstraintKind, Tool, ToolChoice
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate
 from worker.chat.formats import Format
+from worker.chat.grammar import JSON_OPTIONS
 from worker.chat.reasoning import Reasoning
 from worker.chat.tool_formats import harmony
-from worker.chat.tool_grammar import JSON_OPTIONS, call_grammar, text_with_calls_grammar
+from worker.chat.tool_grammar import call_grammar, text_with_calls_grammar
 from worker.compiler import Source
 
 _FORCED = frozenset({ToolChoice.REQUIRED, ToolChoice.NAMED})
@@ -36,16 +37,11 @@ def constraint_of(
     if request.tool_choice is ToolChoice.NAMED:
         tools = [tool for tool in tools if tool.name == request.named_tool]
     param = "tool_choice" if forced else "response_format"
-    if call_grammar(format, tools, parallel=request.parallel_tool_calls) is None:
-        raise CodedError(
-            ErrorCode.UNSUPPORTED_PARAMETER,
-            f"{param}: calls in this model's format ({format.name}) cannot be constrained",
-            param=param,
-        )
+    # Refuses what it has to refuse while the request is looked at.
+    call_grammar(format, tools, parallel=request.parallel_tool_calls)
 
     def create(special: Mapping[str, int]) -> Constraint:
         grammar = call_grammar(format, tools, parallel=request.parallel_tool_calls, special=special)
-        assert grammar is not None
         if constraint is not None and not forced:
             grammar = _either(grammar, constraint)
         return Constraint(ConstraintKind.LARK, grammar)

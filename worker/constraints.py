@@ -25,7 +25,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from protocol.chat import Constraint, ConstraintKind
 from protocol.errors import CodedError, ErrorCode
 from worker.backends.base import TokenTable
-from worker.chat.tool_grammar import JSON_OPTIONS
+from worker.chat.grammar import JSON_OPTIONS
 
 #: Of a constraint, in bytes. What recurses in the library goes no deeper than a text of
 #: this size can tell it to, for which ``compiler.STACK_BYTES`` is enough.

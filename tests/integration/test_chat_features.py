@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
@@ -379,6 +380,40 @@ def test_calls_can_be_forced(client: openai.OpenAI, model: str, choice: str) -> 
     jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
     if choice == "named":
         assert call.function.name == "other"
+
+
+@pytest.mark.parametrize("format", ["pythonic", "gemma4", "dsml", "glm"])
+def test_calls_can_be_forced_in_other_formats(
+    client: openai.OpenAI, real_server: Server, tiny_gguf: Path, format: str
+) -> None:
+    model = f"forced-{format}"
+    loaded = real_server.load(model, path=str(tiny_gguf), tool_format=format)
+    assert loaded.status_code == 200, loaded.text
+    schema = {
+        "type": "object",
+        "properties": {
+            "size": {"enum": ["small", "large"]},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            "sure": {"type": "boolean"},
+        },
+        "required": ["size", "count"],
+        "additionalProperties": False,
+    }
+    tool: Any = {"type": "function", "function": {"name": "order", "parameters": schema}}
+    answer = client.chat.completions.create(
+        model=model,
+        messages=HELLO,
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=1.5,
+        max_tokens=300,
+    )
+    [call] = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "order"
+    jsonschema.validate(json.loads(call.function.arguments), schema)
+    real_server.http.post("/admin/models/unload", json={"model_id": model})
 
 
 @pytest.mark.parametrize("model", REAL)

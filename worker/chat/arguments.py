@@ -61,6 +61,17 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
     return found
 
 
+def resolve(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema that a reference ends at; an empty one if it ends nowhere."""
+    for _ in range(_MAX_REFERENCES):
+        reference = schema.get("$ref")
+        if not isinstance(reference, str):
+            return schema
+        found = _referenced(reference, root)
+        schema = found if isinstance(found, dict) else {}
+    return {}
+
+
 def _referenced(reference: str, root: Mapping[str, Any]) -> Any:
     """What ``#/$defs/Name`` points to; references out of the schema point nowhere."""
     if not reference.startswith("#/"):

@@ -63,7 +63,7 @@ _IN_TAG: Mapping[str, Handler] = {_TAG[0]: xml.tool_call_tag}
 _BARE_FUNCTION = {
     xml.QWEN3_CODER.call: partial(xml.tagged_calls, tags=xml.QWEN3_CODER, inside=True)
 }
-_PYTHON_TAGS = {
+PYTHON_TAGS = {
     "<|tool_call_start|>": "<|tool_call_end|>",
     "<|python_start|>": "<|python_end|>",
 }
@@ -88,10 +88,10 @@ FORMATS: Mapping[str, Format] = {
         ),
         Format(
             "pythonic",
-            tuple(tag for tags in _PYTHON_TAGS.items() for tag in tags),
+            tuple(tag for tags in PYTHON_TAGS.items() for tag in tags),
             {
                 opener: partial(calls_in_code.python_list_in_tags, closer=closer)
-                for opener, closer in _PYTHON_TAGS.items()
+                for opener, closer in PYTHON_TAGS.items()
             },
             bare={"[": partial(calls_in_code.python_list, bare=True)},
         ),

@@ -1,39 +1,29 @@
 """Grammars that make a model call a tool, in the format that its parser reads.
 
-Texts are in llguidance's variant of Lark. Some formats have none here: in Gemma's two
-and in Python's no value is JSON, and DSML has an attribute for the type of each. Hermes'
-grammar is no substitute there: their parsers would not read what it makes.
+Every format has its own: no other one's would be read by its parser.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from protocol.chat import Tool
 from worker.chat.arguments import STRING, declared_types
-from worker.chat.formats import Format
+from worker.chat.code_grammar import (
+    FUNCTION_GEMMA_CODE,
+    GEMMA4_CODE,
+    PYTHON_CODE,
+    Code,
+    code_arguments,
+)
+from worker.chat.formats import PYTHON_TAGS, Format
+from worker.chat.grammar import Grammar, Specials, literal, properties_of
 from worker.chat.tool_formats import harmony, sections, xml
 
-#: The text of a special token, and its id.
-Specials = Mapping[str, int]
-
-#: How JSON is written: llguidance's options, which a schema in a grammar has in its
-#: ``x-guidance``. See ``worker.constraints`` for why.
-JSON_OPTIONS: dict[str, Any] = {
-    "item_separator": ",",
-    "key_separator": ":",
-    "whitespace_pattern": r" |\n[ \t]{0,20}",
-    "json_allowed_escapes": 'nrbtf\\"',
-    "json_allow_general_unicode_escapes": False,
-    "coerce_one_of": False,
-    "lenient": False,
-}
-
 _NAME = "\0"  # stands for the tool's name in the frames below
+_IS_TEXT = "\1"  # stands for whether a value is text
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,13 @@ class _TagFrame(_Frame):
     end: str = ""
     line: str = "\n"
     trim: str = ""
+
+
+@dataclass(frozen=True)
+class _CodeFrame(_Frame):
+    """Arguments as code has them."""
+
+    code: Code = PYTHON_CODE
 
 
 def _tag_frame(tags: xml.Tags, quote: str = "") -> _TagFrame:
@@ -125,14 +122,32 @@ _TAG_FRAMES: Mapping[str, _TagFrame] = {
         value=f"{xml.ARG_KEY_END}\n{xml.ARG_VALUE}",
         end=xml.ARG_VALUE_END,
     ),
+    "dsml": _TagFrame(
+        before=f'{xml.DSML.call}"{_NAME}">\n',
+        after=f"{xml.DSML.call_end}\n",
+        open=f"{xml.DSML.section}\n",
+        close=xml.DSML.section_end,
+        key=f'{xml.DSML.argument}"',
+        value=f'" string="{_IS_TEXT}">',
+        end=xml.DSML.argument_end,
+    ),
     "seed": _tag_frame(xml.SEED),
     "minimax": _tag_frame(xml.MINIMAX, '"'),
+}
+_CODE_FRAMES: Mapping[str, _CodeFrame] = {
+    "pythonic": _CodeFrame(f"{_NAME}(", ")", ", ", open="[", close="]"),
+    "function-gemma": _CodeFrame(
+        f"<start_function_call>call:{_NAME}{{",
+        "}<end_function_call>",
+        code=FUNCTION_GEMMA_CODE,
+    ),
+    "gemma4": _CodeFrame(f"<|tool_call>call:{_NAME}{{", "}<tool_call|>", code=GEMMA4_CODE),
 }
 
 
 def call_grammar(
     format: Format, tools: Sequence[Tool], *, parallel: bool, special: Specials | None = None
-) -> str | None:
+) -> str:
     """A Lark grammar of one call to one of ``tools``, or, if ``parallel``, of one or more.
 
     There is no text before it: reasoning has to be over when the grammar begins, except
@@ -141,17 +156,16 @@ def call_grammar(
 
     Arguments fit the tool's schema. Where they are bare text, strings are only kept
     to their ``enum``, and members come in the schema's order. What llguidance cannot
-    enforce of a schema is ignored, but for tools that are ``strict``.
+    enforce of a schema is ignored, but for tools that are ``strict``. Raises ``CodedError``
+    for a schema that Python's or Gemma's notation cannot be held to.
     """
-    frame = _frame_of(format)
-    if frame is None or not tools:
-        return None
-    grammar = _Grammar(special or {})
-    grammar.add("call", " | ".join(grammar.calls(format, frame, tools)))
+    frame = _frame_of(format, special or {})
+    grammar = Grammar(special or {})
+    grammar.add("call", " | ".join(_calls(grammar, format, frame, tools)))
     more = (
         f"({grammar.text(frame.between)} call)*" if parallel and frame.between is not None else ""
     )
-    lead = grammar.analysis() if format.name == "harmony" else ""
+    lead = _analysis(grammar) if format.name == "harmony" else ""
     return grammar.written(lead, grammar.text(frame.open), "call", more, grammar.text(frame.close))
 
 
@@ -167,13 +181,13 @@ def text_with_calls_grammar(
     ``free`` are special tokens that the text may have. ``None`` also for formats whose
     calls begin like other text: Llama 3's and Harmony's.
     """
-    frame = _frame_of(format)
-    begin = frame.open or frame.before if frame is not None else ""
+    frame = _frame_of(format, special or {})
+    begin = frame.open or frame.before
     opener = next((each for each in format.openers if begin.startswith(each)), None)
-    if frame is None or opener is None or not tools:
+    if opener is None:
         return None
-    grammar = _Grammar(special or {})
-    calls = grammar.calls(format, frame, tools, "" if frame.open else opener)
+    grammar = Grammar(special or {})
+    calls = _calls(grammar, format, frame, tools, "" if frame.open else opener)
     grammar.add("call", " | ".join(calls))
     if frame.open:
         first = grammar.text(frame.open.removeprefix(opener))
@@ -191,101 +205,69 @@ def text_with_calls_grammar(
     return grammar.written(f"({' | '.join(['section', *marks])})*", "TEXT")
 
 
-def _frame_of(format: Format) -> _Frame | None:
+def _frame_of(format: Format, special: Specials) -> _Frame:
     name = format.name
-    return _JSON_FRAMES.get(name) or _FRAMES.get(name) or _TAG_FRAMES.get(name)
+    if name == "pythonic":
+        # With tags around the list where the model has such tokens.
+        frame = _CODE_FRAMES[name]
+        for opener, closer in PYTHON_TAGS.items():
+            if opener in special:
+                return replace(frame, open=f"{opener}[", close=f"]{closer}")
+        return frame
+    frames: tuple[Mapping[str, _Frame], ...] = (_JSON_FRAMES, _FRAMES, _TAG_FRAMES, _CODE_FRAMES)
+    return next(each[name] for each in frames if name in each)
 
 
-class _Grammar:
-    def __init__(self, special: Specials) -> None:
-        self.special = special
-        self._rules: list[str] = []
-        tokens = sorted(special, key=len, reverse=True)
-        self._tokens = re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
+def _calls(
+    grammar: Grammar, format: Format, frame: _Frame, tools: Sequence[Tool], opener: str = ""
+) -> list[str]:
+    """Adds a rule for a call to each tool, without ``opener``; their names."""
+    names = []
+    for number, tool in enumerate(tools):
+        name = json.dumps(tool.name) if format.name in _JSON_FRAMES else tool.name
+        if isinstance(frame, _TagFrame):
+            arguments = _tagged(grammar, frame, tool, number)
+        elif isinstance(frame, _CodeFrame):
+            arguments = code_arguments(grammar, frame.code, tool, number)
+        else:
+            rule = f"arguments_{number}"
+            arguments = grammar.json(rule, tool, tool.parameters, type="object")
+        before = grammar.text(frame.before.removeprefix(opener).replace(_NAME, name))
+        names.append(grammar.add(f"call_{number}", before, arguments, grammar.text(frame.after)))
+    return names
 
-    def written(self, *start: str) -> str:
-        """The whole, beginning with these parts."""
-        return "\n".join([f"start: {' '.join(filter(None, start))}", *self._rules]) + "\n"
 
-    def add(self, name: str, *parts: str) -> None:
-        self._rules.append(f"{name}: {' '.join(filter(None, parts))}")
-
-    def text(self, text: str) -> str:
-        """Literal text; of what is in it of special tokens, the tokens."""
-        parts = filter(None, self._tokens.split(text))
-        return " ".join(
-            f"<[{self.special[part]}]>" if part in self.special else _literal(part)
-            for part in parts
-        )
-
-    def calls(
-        self, format: Format, frame: _Frame, tools: Sequence[Tool], opener: str = ""
-    ) -> list[str]:
-        """Adds a rule for a call to each tool, without ``opener``; their names."""
-        names = []
-        for number, tool in enumerate(tools):
-            name = json.dumps(tool.name) if format.name in _JSON_FRAMES else tool.name
-            arguments = (
-                self.tagged(frame, tool, number)
-                if isinstance(frame, _TagFrame)
-                else self.json(f"arguments_{number}", tool, tool.parameters)
-            )
-            before = self.text(frame.before.removeprefix(opener).replace(_NAME, name))
-            self.add(f"call_{number}", before, arguments, self.text(frame.after))
-            names.append(f"call_{number}")
-        return names
-
-    def json(self, name: str, tool: Tool, schema: Mapping[str, Any], type: str = "object") -> str:
-        """Adds a rule for JSON that fits a schema; its name."""
-        options = {"x-guidance": {**JSON_OPTIONS, "lenient": not tool.strict}}
-        schema = {**({"type": type} if type else {}), **schema, **options}
-        self.add(name, f"%json {json.dumps(schema)}")
-        return name
-
-    def tagged(self, frame: _TagFrame, tool: Tool, number: int) -> str:
-        """Adds rules for arguments in tags; the parts of a call that they are."""
-        properties = tool.parameters.get("properties")
-        required = tool.parameters.get("required", ())
-        arguments = []
-        for place, key in enumerate(properties if isinstance(properties, dict) else ()):
-            name = f"argument_{number}_{place}"
-            before = self.text(f"{frame.key}{key}{frame.value}")
-            value = self._value(frame, tool, f"value_{number}_{place}", key)
-            self.add(name, before, value, self.text(frame.line))
-            arguments.append(name if key in required else f"{name}?")
-        return " ".join(arguments)
-
-    def _value(self, frame: _TagFrame, tool: Tool, name: str, key: str) -> str:
-        """A value and what ends it."""
-        schema = tool.parameters["properties"][key]
+def _tagged(grammar: Grammar, frame: _TagFrame, tool: Tool, number: int) -> str:
+    """Adds rules for arguments in tags; the parts of a call that they are."""
+    properties, required = properties_of(tool.parameters)
+    arguments = []
+    for place, (key, schema) in enumerate(properties.items()):
+        name = f"argument_{number}_{place}"
         types = declared_types(tool, key)
-        end = self.text(frame.trim + frame.end)
+        is_text = not types or "string" in types
+        value = frame.value.replace(_IS_TEXT, "true" if is_text else "false")
+        rule = f"value_{number}_{place}"
+        end = grammar.text(frame.trim + frame.end)
         if types == STRING and isinstance(allowed := schema.get("enum"), list):
-            return f"({' | '.join(_literal(str(value)) for value in allowed)}) {end}"
-        if types and "string" not in types:
-            for keyword in ("$defs", "definitions"):
-                if keyword in tool.parameters:
-                    schema = {keyword: tool.parameters[keyword], **schema}
-            return f"{self.json(name, tool, schema, type='')} {end}"
-        if self._tokens.search(frame.end):
-            # Text holds no special tokens, so there is no doubt where it ends.
-            return rf"/(?s:.*)/ {self.text(frame.end)}"
-        # The parser takes the first end there is, whatever is before it.
-        self._rules.append(f"{name}[suffix={_literal(frame.end)}]: /(?s:.*)/")
-        return name
-
-    def analysis(self) -> str:
-        """Harmony's reasoning, which may come first; its end has to be a token."""
-        if harmony.END not in self.special:
-            return ""
-        self.add(
-            "analysis",
-            self.text(f"{harmony.CHANNEL}analysis{harmony.MESSAGE}"),
-            r"/(?s:.*)/",
-            self.text(f"{harmony.END}{harmony.START}assistant"),
-        )
-        return "analysis?"
+            answer = f"({' | '.join(literal(str(each)) for each in allowed)}) {end}"
+        elif is_text:
+            answer = grammar.text_until(rule, frame.end)
+        else:
+            answer = f"{grammar.json_value(rule, tool, schema)} {end}"
+        before = grammar.text(f"{frame.key}{key}{value}")
+        grammar.add(name, before, answer, grammar.text(frame.line))
+        arguments.append(name if key in required else f"{name}?")
+    return " ".join(arguments)
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _analysis(grammar: Grammar) -> str:
+    """Harmony's reasoning, which may come first; its end has to be a token."""
+    if harmony.END not in grammar.special:
+        return ""
+    grammar.add(
+        "analysis",
+        grammar.text(f"{harmony.CHANNEL}analysis{harmony.MESSAGE}"),
+        r"/(?s:.*)/",
+        grammar.text(f"{harmony.END}{harmony.START}assistant"),
+    )
+    return "analysis?"

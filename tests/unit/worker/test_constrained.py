@@ -78,11 +78,12 @@ def test_only_json_goes_with_tools(kind: ConstraintKind) -> None:
     assert refused.value.param == "response_format"
 
 
-def test_a_format_whose_calls_cannot_be_constrained_is_refused() -> None:
+def test_tools_whose_calls_cannot_be_constrained_are_refused() -> None:
+    tools = [Tool("f", parameters={"properties": {"a b": {}}})]
     with pytest.raises(CodedError) as refused:
-        constraint_of(request(tool_choice=ToolChoice.REQUIRED), TOOLS, FORMATS["pythonic"])
+        constraint_of(request(tool_choice=ToolChoice.REQUIRED), tools, FORMATS["pythonic"])
     assert refused.value.code is ErrorCode.UNSUPPORTED_PARAMETER
-    assert refused.value.param == "tool_choice"
+    assert refused.value.param == "tools"
 
 
 def test_where_the_constraint_begins() -> None:

@@ -10,7 +10,7 @@ pytest.importorskip("llguidance")
 from protocol.chat import Constraint, ConstraintKind
 from protocol.errors import ErrorCode
 from worker.backends.base import TokenTable, is_mark
-from worker.chat.tool_grammar import JSON_OPTIONS
+from worker.chat.grammar import JSON_OPTIONS
 from worker.constraints import (
     MAX_TEXT_BYTES,
     ConstraintRefused,

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from protocol.chat import Tool
+from protocol.errors import CodedError
+from worker.chat.formats import PYTHON_TAGS
 from worker.chat.output import FORMATS, create_parser
+from worker.chat.tool_formats import xml
 from worker.chat.tool_grammar import call_grammar, text_with_calls_grammar
 
 TOOLS = [
@@ -70,6 +73,25 @@ WRITTEN = {
         "</minimax:tool_call>"
     ),
 }
+WRITTEN |= {
+    "dsml": (
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
+        '<｜DSML｜parameter name="city" string="true">Par"is</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="unit" string="true">C</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="where" string="false">{"x": 1.5}</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜function_calls>"
+    ),
+    "pythonic": '[get_weather(city="Par\\"is", days=3, unit="C", where={"x": 1.5})]',
+    "function-gemma": (
+        '<start_function_call>call:get_weather{city:<escape>Par"is<escape>,days:3,'
+        "unit:<escape>C<escape>,where:{x:1.5}}<end_function_call>"
+    ),
+    "gemma4": (
+        '<|tool_call>call:get_weather{city:<|"|>Par"is<|"|>,days:3,'
+        'unit:<|"|>C<|"|>,where:{x:1.5}}<tool_call|>'
+    ),
+}
 END = 256
 
 
@@ -106,13 +128,14 @@ class ByteTokenizer:
 
 
 def matcher(format: str, tokenizer: ByteTokenizer, parallel: bool = False) -> Any:
-    grammar = call_grammar(FORMATS[format], TOOLS, parallel=parallel, special=tokenizer.special)
+    # There a name has no quotes.
+    tools = TOOLS[:1] if format in {"pythonic", "gemma4", "function-gemma", "dsml"} else TOOLS
+    grammar = call_grammar(FORMATS[format], tools, parallel=parallel, special=tokenizer.special)
     return compiled(grammar, tokenizer)
 
 
-def compiled(grammar: str | None, tokenizer: ByteTokenizer) -> Any:
+def compiled(grammar: str, tokenizer: ByteTokenizer) -> Any:
     llguidance = pytest.importorskip("llguidance")
-    assert grammar is not None
     wrapped = llguidance.LLTokenizer(llguidance.TokenizerWrapper(tokenizer))
     made = llguidance.LLMatcher(wrapped, llguidance.LLMatcher.grammar_from_lark(grammar))
     assert not made.get_error()
@@ -132,6 +155,8 @@ def consumes(made: Any, tokens: list[int]) -> bool:
 @pytest.mark.parametrize("format", sorted(WRITTEN))
 def test_a_call_as_models_write_it_is_allowed_and_read(format: str, special: bool) -> None:
     text = WRITTEN[format].replace("ARGUMENTS", json.dumps(WANTED))
+    if format == "pythonic" and special:
+        text = f"<|tool_call_start|>{text}<|tool_call_end|>"
     assert accepts(format, text, special)
     parser = create_parser(FORMATS[format], None, TOOLS, prompt_tail="", parallel=True)
     [first, *rest] = parser.feed(text).calls + parser.finish().calls
@@ -143,10 +168,10 @@ def test_a_call_as_models_write_it_is_allowed_and_read(format: str, special: boo
     assert not accepts(format, text.replace("C", "K"), special)
 
 
-@pytest.mark.parametrize("format", ["hermes", "qwen3-coder", "glm", "mistral-args"])
+@pytest.mark.parametrize("format", ["hermes", "qwen3-coder", "glm", "mistral-args", "gemma4"])
 def test_more_calls_only_where_they_are_parallel(format: str) -> None:
     text = WRITTEN[format].replace("ARGUMENTS", json.dumps(WANTED))
-    more = text + ("" if format == "mistral-args" else "\n") + text
+    more = text + ("" if format in {"mistral-args", "gemma4"} else "\n") + text
     assert accepts(format, more, False, parallel=True)
     assert not accepts(format, more, False, parallel=False)
 
@@ -157,7 +182,7 @@ def draw_call(format: str, tokenizer: ByteTokenizer, draw: random.Random) -> str
     made = matcher(format, tokenizer)
     mask = numpy.allocate_token_bitmask(1, len(tokenizer.tokens))
     closing = {*b'"}]', *tokenizer.special.values()}
-    end = b"</parameter>"
+    end = (xml.DSML if format == "dsml" else xml.SEED).argument_end.encode()
     tokens: list[int] = []
     while True:
         numpy.fill_next_token_bitmask(made, mask)
@@ -169,12 +194,14 @@ def draw_call(format: str, tokenizer: ByteTokenizer, draw: random.Random) -> str
         begun = max(n for n in range(len(end)) if tokens[len(tokens) - n :] == list(end[:n]))
         wanted = {end[begun]} if begun else closing | {end[0]}
         likely = [t for t in allowed if t in wanted]
-        ascii = [t for t in allowed if t < 128 or t > END]
+        ascii = [t for t in allowed if t < 128 or t > END] or allowed
         tokens.append(draw.choice(likely if likely and draw.random() < 0.9 else ascii))
         assert made.consume_token(tokens[-1])
 
 
-@pytest.mark.parametrize("format", ["hermes", "mistral", "qwen3-coder", "kimi-k2"])
+@pytest.mark.parametrize(
+    "format", ["hermes", "mistral", "qwen3-coder", "kimi-k2", "dsml", "pythonic", "gemma4"]
+)
 def test_whatever_a_grammar_allows_is_a_call(format: str) -> None:
     tokenizer = ByteTokenizer(list(FORMATS[format].markers))
     for seed in range(4):
@@ -188,13 +215,15 @@ def test_whatever_a_grammar_allows_is_a_call(format: str) -> None:
 
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("format", sorted(WRITTEN.keys() - {"llama3", "harmony"}))
+@pytest.mark.parametrize("format", sorted(WRITTEN.keys() - {"llama3", "harmony", "pythonic"}))
 def test_in_free_text_a_call_is_well_formed(format: str, special: bool) -> None:
     names = ["<think>", "</think>", "<other>"]
     tokenizer = ByteTokenizer([*FORMATS[format].markers, *names] if special else [])
     grammar = text_with_calls_grammar(
         FORMATS[format], TOOLS, special=tokenizer.special, free=names[:2]
     )
+
+    assert grammar is not None
 
     def allows(text: str) -> bool:
         return consumes(compiled(grammar, tokenizer), tokenizer.encode(text))
@@ -213,12 +242,88 @@ def test_in_free_text_a_call_is_well_formed(format: str, special: bool) -> None:
 def test_formats_whose_calls_begin_like_text() -> None:
     for name in ("llama3", "harmony", "pythonic"):
         assert text_with_calls_grammar(FORMATS[name], TOOLS) is None
-    assert text_with_calls_grammar(FORMATS["hermes"], []) is None
 
 
-def test_formats_without_a_grammar() -> None:
-    without = FORMATS.keys() - WRITTEN.keys()
-    assert without == {"dsml", "function-gemma", "gemma4", "pythonic"}
-    for name in without:
-        assert call_grammar(FORMATS[name], TOOLS, parallel=True) is None
-    assert call_grammar(FORMATS["hermes"], [], parallel=True) is None
+def test_every_format_has_a_grammar() -> None:
+    assert WRITTEN.keys() == FORMATS.keys()
+
+
+def test_python_calls_are_in_the_models_tags() -> None:
+    for opener, closer in PYTHON_TAGS.items():
+        tokenizer = ByteTokenizer([opener, closer])
+        grammar = call_grammar(FORMATS["pythonic"], TOOLS, parallel=True, special=tokenizer.special)
+        made = compiled(grammar, tokenizer)
+        call = 'get_weather(city="a")'
+        assert consumes(made, tokenizer.encode(f"{opener}[{call}, {call}]{closer}"))
+
+
+ODD = {
+    "type": "object",
+    "properties": {
+        "a": {"anyOf": [{"type": "integer"}, {"const": "x"}, {"type": "null"}]},
+        "b": {"type": ["boolean", "string"]},
+        "c": {"type": "array", "items": {"type": "object", "properties": {"d": {}}}},
+        "e": {"enum": [1, True, None, "y", 1.5]},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ("", {}),
+        ("a:3", {"a": 3}),
+        ("a:<escape>x<escape>", {"a": "x"}),
+        ("a:null,e:true", {"a": None, "e": True}),
+        ("b:false", {"b": False}),
+        ("b:<escape>no, really<escape>,e:1.5", {"b": "no, really", "e": 1.5}),
+        ("c:[]", {"c": []}),
+        ("c:[{d:<escape>1<escape>},{}]", {"c": [{"d": "1"}, {}]}),
+        ("e:<escape>y<escape>", {"e": "y"}),
+        ("e:2", None),
+        ("a:<escape>y<escape>", None),
+        ("e:1,a:3", None),
+        ("f:1", None),
+        ("a:3,", None),
+    ],
+)
+def test_values_in_gemmas_notation(arguments: str, value: object) -> None:
+    tools = [Tool("f", parameters=ODD)]
+    format = FORMATS["function-gemma"]
+    text = f"<start_function_call>call:f{{{arguments}}}<end_function_call>"
+    for special in (list(format.markers), []):
+        tokenizer = ByteTokenizer(special)
+        grammar = call_grammar(format, tools, parallel=False, special=tokenizer.special)
+        made = compiled(grammar, tokenizer)
+        assert consumes(made, tokenizer.encode(text)) is (value is not None)
+    if value is not None:
+        parser = create_parser(format, None, tools, prompt_tail="", parallel=True)
+        [_, *rest] = parser.feed(text).calls + parser.finish().calls
+        assert json.loads("".join(piece.arguments for piece in rest) or "{}") == value
+
+
+LOOP = {"$ref": "#/$defs/Loop"}
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        Tool("f", parameters={"properties": {"a:b": {}}}),
+        Tool("f", parameters={"properties": {"a": {"enum": [[1]]}}}),
+        Tool(
+            "f", strict=True, parameters={"properties": {"a": {"type": "string", "pattern": "x"}}}
+        ),
+        Tool("f", strict=True, parameters={"properties": {"a": {"type": "array", "minItems": 1}}}),
+        Tool(
+            "f",
+            parameters={
+                "properties": {"a": LOOP},
+                "$defs": {"Loop": {"type": "object", "properties": {"a": LOOP}}},
+            },
+        ),
+    ],
+)
+def test_what_gemmas_notation_cannot_be_held_to(tool: Tool) -> None:
+    with pytest.raises(CodedError) as refused:
+        call_grammar(FORMATS["gemma4"], [tool], parallel=True)
+    assert refused.value.param == "tools"
