@@ -129,7 +129,7 @@ class Actor:
 
     def submit(self, request: Job, *, streaming: bool) -> RequestStream:
         """See ``Fleet.submit``."""
-        status.require_routable(self.spec.model_id, self.state, self._recorder.last_incident_id)
+        self._require_usable()
         limit = 1 if self.state.probation else self._services.settings.max_queue
         stream = self._requests.open(request, limit=limit, streaming=streaming)
         self._request_count += 1
@@ -138,9 +138,24 @@ class Actor:
 
     async def ask(self, inquiry: Inquiry) -> InquiryAnswer:
         """See ``Fleet.tokenize``."""
-        status.require_routable(self.spec.model_id, self.state, self._recorder.last_incident_id)
+        self._require_usable()
         self._last_used_at = time.time()
         return await self._requests.ask(inquiry)
+
+    def _require_usable(self) -> None:
+        status.require_routable(
+            self.spec.model_id,
+            self.state,
+            self._recorder.last_incident_id,
+            may_wait=self._services.settings.load_on_demand,
+        )
+
+    def idle_s(self) -> float | None:
+        """Seconds without anything to do; None while there is, or it takes no traffic."""
+        state = self._state
+        if state is None or state.readiness is not Readiness.ROUTABLE or state.unloading:
+            return None
+        return None if self._requests.busy else time.monotonic() - self._requests.idle_since
 
     def view(self) -> ModelView:
         """Raises ``model_not_found`` once the model is not tracked any more."""
@@ -395,4 +410,5 @@ class Actor:
             lifecycle.AnswerLoads(ErrorCode.MODEL_UNLOADED, "it is not tracked any more")
         )
         self._inbox.put_nowait(None)
+        self._requests.fail_all(self._error(ErrorCode.MODEL_UNLOADED, "it is not tracked any more"))
         self._on_gone()

@@ -86,6 +86,13 @@ def serve(
     max_queue: Annotated[
         int | None, typer.Option(help="Requests per model, running or waiting.")
     ] = None,
+    load_on_demand: Annotated[
+        bool | None,
+        typer.Option("--load-on-demand", help="Load what is on disk at the first request for it."),
+    ] = None,
+    keep_alive_sec: Annotated[
+        int | None, typer.Option(help="Unload what was idle for so long; 0: never.")
+    ] = None,
     context_length: Annotated[int | None, typer.Option(help="Tokens per request.")] = None,
     prompt_cache_bytes: Annotated[
         int | None, typer.Option(help="KV cache kept of ended requests, per model; 0: none.")
@@ -112,6 +119,8 @@ def serve(
         "home": _text(home),
         "max_sequences": max_sequences,
         "max_queue": max_queue,
+        "load_on_demand": load_on_demand,
+        "keep_alive_sec": keep_alive_sec,
         "context_length": context_length,
         "prompt_cache_bytes": prompt_cache_bytes,
         "threads": threads,

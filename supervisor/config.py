@@ -195,8 +195,9 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
     for name in ("threads", "context_length"):
         value = getattr(settings, name)
         require(name, value is None or value >= 1, "at least 1")
-    cache = settings.prompt_cache_bytes
-    require("prompt_cache_bytes", cache is None or cache >= 0, "at least 0")
+    for name in ("prompt_cache_bytes", "keep_alive_sec"):
+        value = getattr(settings, name)
+        require(name, value is None or value >= 0, "at least 0")
     for name in ("response_store_max", "response_store_max_bytes"):
         require(name, getattr(settings, name) >= 0, "at least 0")
     require("draft_tokens", 0 <= settings.draft_tokens <= 64, "from 0 to 64")

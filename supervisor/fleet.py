@@ -16,6 +16,7 @@ from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.compatibility import Record, recommendations
 from supervisor.gate import Gate, LoadSpec, ModelSpec
+from supervisor.idle_watch import IdleWatch
 from supervisor.incidents import Incident
 from supervisor.lifecycle import Readiness
 from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
@@ -77,6 +78,7 @@ class Fleet:
         #: Ids whose loads are being looked at, with their number.
         self._at_gate: Counter[str] = Counter()
         self._memory_watch: asyncio.Task[None] | None = None
+        self._idle_watch: asyncio.Task[None] | None = None
         self._autoload: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
@@ -150,6 +152,26 @@ class Fleet:
 
     # --- requests ---
 
+    async def prepare(self, model_id: str) -> None:
+        """With ``load_on_demand``, begin to load a model that is on disk and not loaded.
+
+        Raises as a load does, but for an id that nothing is known of: ``submit`` does.
+        Absolute paths are for operators only.
+        """
+        actor = self._actors.get(model_id)
+        if (
+            not self._services.settings.load_on_demand
+            or (actor is not None and not _is_leaving(actor))
+            or self._resting.view(model_id) is not None
+            or Path(model_id).is_absolute()
+        ):
+            return
+        try:
+            await self._admit(LoadSpec(model_id=model_id))
+        except CodedError as error:
+            if error.code is not ErrorCode.MODEL_NOT_FOUND:
+                raise
+
     def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
         """Start a request (its ``request_id`` is overwritten).
 
@@ -166,12 +188,14 @@ class Fleet:
         Raises what ``submit`` does, the worker's refusal, or what became of the model.
         Takes no slot; who is cancelled calls it off.
         """
+        await self.prepare(model_id)
         answer = await self._actor(model_id).ask(inquiry)
         assert isinstance(answer, Tokenized)
         return answer
 
     async def detokenize(self, model_id: str, inquiry: Detokenize) -> Detokenized:
         """As ``tokenize``, the other way round."""
+        await self.prepare(model_id)
         answer = await self._actor(model_id).ask(inquiry)
         assert isinstance(answer, Detokenized)
         return answer
@@ -236,6 +260,8 @@ class Fleet:
             low_water=settings.memory_low_water_bytes,
         )
         self._memory_watch = asyncio.create_task(watch.run(), name="memory watch")
+        idle = IdleWatch(self._actors, settings.keep_alive_sec)
+        self._idle_watch = asyncio.create_task(idle.run(), name="idle watch")
 
     async def stop(self) -> None:
         """Stop every worker; answers everyone who waits. Every call waits for the end,
@@ -247,7 +273,7 @@ class Fleet:
     # --- inside ---
 
     async def _stop(self) -> None:
-        for task in (self._autoload, self._memory_watch):
+        for task in (self._autoload, self._memory_watch, self._idle_watch):
             if task is not None:
                 task.cancel()
         try:

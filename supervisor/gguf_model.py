@@ -66,7 +66,7 @@ def read_model(path: Path) -> tuple[Traits, list[Path]]:
     """
     parts = parts_of(path)
     if len(parts) == 1:
-        return _traits([read_header(path)]), parts
+        return _traits(path, [read_header(path)]), parts
     headers, problems = [], []
     for part in parts:
         if not part.is_file():
@@ -80,12 +80,14 @@ def read_model(path: Path) -> tuple[Traits, list[Path]]:
             problems.append(error.message)
     if problems:
         raise incomplete(stem_of(path.name), problems)
-    return _traits(headers), parts
+    return _traits(path, headers), parts
 
 
-def _traits(headers: list[GgufHeader]) -> Traits:
-    # All metadata is in the first part.
+def _traits(path: Path, headers: list[GgufHeader]) -> Traits:
+    # All metadata is in the first part, which may have no tensors.
     header = headers[0]
+    if not any(each.parameters for each in headers):
+        raise incomplete(path.name, ["it has no tensors"])
     return Traits(
         architecture=header.architecture,
         quantization=header.quantization,

@@ -90,6 +90,7 @@ class _OpenInquiry:
     answer: asyncio.Future[InquiryAnswer]
     sent: bool = False
     runs: int = 0
+    is_canary: bool = False
 
     def fail(self, error: CodedError) -> None:
         if not self.answer.done():
@@ -100,7 +101,8 @@ class RequestTable:
     """All unfinished requests, and inquiries beside them, which count in none of the
     numbers. Methods run on the event loop; only ``ask`` waits.
 
-    ``clock`` is monotonic, in seconds. At most ``max_inquiries`` are open.
+    ``clock`` is monotonic, in seconds. At most ``max_inquiries`` are open. Until ``resume``
+    the worker gets canaries only.
     """
 
     def __init__(
@@ -119,19 +121,29 @@ class RequestTable:
         self._given_up: dict[int, bool] = {}
         self._inquiries: dict[int, _OpenInquiry] = {}
         self._send: SendToWorker | None = None
+        self._flows = False
+        #: When the last request ended, or traffic began: since then there was nothing to do.
+        self.idle_since = clock()
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do, inquiries included."""
+        return bool(self._entries or self._inquiries)
 
     def connect(self, send: SendToWorker) -> None:
         """From now on ``send`` reaches a worker that has loaded its model."""
         self._given_up.clear()
         self._send = send
+        self._flows = False
 
     def disconnect(self) -> None:
         """The worker is lost; nothing reaches it any more."""
         self._given_up.clear()
         self._send = None
+        self._flows = False
 
     def open(
         self,
@@ -192,6 +204,7 @@ class RequestTable:
             return await entry.answer
         finally:
             called_off = self._inquiries.pop(request_id, None) is not None
+            self.idle_since = self._clock()
             if called_off and entry.sent and self._send is not None:
                 self._send(Cancel(request_id))
 
@@ -294,13 +307,15 @@ class RequestTable:
                 inquiry.fail(error)
 
     def resume(self) -> None:
-        """Run what was parked, oldest first, on the connected worker."""
+        """Run what was parked, oldest first, on the connected worker, and what comes."""
+        self._flows = True
+        self.idle_since = self._clock()
         for request_id, entry in list(self._entries.items()):
-            if not self._run(entry):
+            if not entry.sent and not self._run(entry):
                 self._remove(request_id)
                 entry.stream.fail(_worker_blocked())
         for request_id, inquiry in list(self._inquiries.items()):
-            if not self._run(inquiry):
+            if not inquiry.sent and not self._run(inquiry):
                 del self._inquiries[request_id]
                 inquiry.fail(_worker_blocked())
 
@@ -318,7 +333,7 @@ class RequestTable:
 
         A request that is lost with its worker stays, and runs on the next one.
         """
-        if self._send is None:
+        if self._send is None or not (self._flows or entry.is_canary):
             return True
         delivery = self._send(entry.request)
         if delivery is Delivery.SENT:
@@ -361,6 +376,7 @@ class RequestTable:
             self._pace.answered(self._clock())
         if not self._entries:
             self._pace.idle()
+            self.idle_since = self._clock()
         return entry
 
 

@@ -47,6 +47,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: Responses that clients may go on from, kept in memory; 0: none.
     response_store_max: int = 1000
     response_store_max_bytes: int = 64 * 1024 * 1024
+    #: Load a model that is on disk when a request names it, which waits for that.
+    load_on_demand: bool = False
+    #: Unload a model that had nothing to do for so long; 0, None: never. A model's own
+    #: ``keep_alive_sec`` comes first.
+    keep_alive_sec: int | None = None
+
     #: Silence on a stream after which something is sent that shows it is alive.
     sse_keepalive_s: float = 5.0
     shutdown_grace_s: float = 5.0

@@ -74,12 +74,18 @@ def resting_readiness(account: Account, policy: Policy) -> ReadinessView:
     return readiness_view(state, policy)
 
 
-def require_routable(model_id: str, state: State, incident_id: str | None) -> None:
+def require_routable(
+    model_id: str, state: State, incident_id: str | None, *, may_wait: bool = False
+) -> None:
     """Raise ``model_unstable`` or ``model_not_ready`` unless the model takes traffic.
 
-    ``incident_id`` is that of the model's last failure.
+    ``incident_id`` is that of the model's last failure. ``may_wait``: nor if it is on its way
+    to do so.
     """
     if state.readiness is Readiness.ROUTABLE and not state.unloading:
+        return
+    on_its_way = state.readiness is not Readiness.QUARANTINED and not state.unloading
+    if may_wait and on_its_way and not state.probation:
         return
     if state.readiness is Readiness.QUARANTINED:
         raise unstable(model_id, state.reason, incident_id)

@@ -176,7 +176,7 @@ class _Session:
                 if (running := self._streams.get(frame.id)) is not None:
                     give_up(running, _Cancelled())
                 return
-            stream = self._submit(frame, call, started)
+            stream = await self._submit(frame, call, started)
         except Exception as error:
             failure = self._told(error, call)
             self._gateway.metrics.request_ended(call.model, self._name, failure.code.value)
@@ -188,7 +188,7 @@ class _Session:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _submit(self, frame: RequestFrame, call: Call, started: float) -> RequestStream:
+    async def _submit(self, frame: RequestFrame, call: Call, started: float) -> RequestStream:
         if frame.id in self._streams:
             raise CodedError(
                 ErrorCode.INVALID_VALUE,
@@ -206,7 +206,7 @@ class _Session:
         if (frame.n or 1) > 1:
             raise unsupported("n", "several answers are")
         terms = terms_of(call, started, api_key=self._gateway.settings.api_key, claims=frame.claims)
-        [stream] = submit(
+        [stream] = await submit(
             self._gateway, call, frame.model, [to_generate(frame)], terms, streaming=True
         )
         return stream

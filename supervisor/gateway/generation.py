@@ -23,7 +23,7 @@ from supervisor.gateway.scheduling import Terms
 from supervisor.stream import Chunk, RequestStream
 
 
-def submit(
+async def submit(
     gateway: Gateway,
     call: Call,
     model: str,
@@ -34,8 +34,10 @@ def submit(
 ) -> list[RequestStream]:
     """Start the requests of one call, all or none, on the terms of that call.
 
+    They wait for a model that is loaded for them.
+
     Whoever gets the streams must ``release`` them. Labels the call with the model's id
-    once that is known to be tracked. Raises what ``Fleet.submit`` does, or
+    once that is known to be tracked. Raises what ``Fleet.prepare`` and ``Fleet.submit`` do, or
     ``request_timeout`` when the client's deadline has passed by now.
     """
     remaining_s = 0.0
@@ -44,6 +46,7 @@ def submit(
         if remaining_s <= 0:
             raise DeadlinePassed(terms.timeout_s, 0)
     gateway.metrics.client_request(terms.client_name)
+    await gateway.fleet.prepare(model)
     streams: list[RequestStream] = []
     try:
         for request in requests:

@@ -74,7 +74,7 @@ async def rerank(gateway: Gateway, call: Call) -> Response:
     job = Embed(0, list(texts), query=request.query)
     claims = (request.user,)
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=claims)
-    streams = submit(gateway, call, request.model, [job], terms, streaming=False)
+    streams = await submit(gateway, call, request.model, [job], terms, streaming=False)
     await collect(gateway, call, streams)
     (stream,) = streams
     scores = [struct.unpack("<f", vector)[0] for vector in stream.vectors]

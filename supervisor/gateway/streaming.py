@@ -97,12 +97,16 @@ async def open_event_stream(
 ) -> EventStream:
     """Wait until the requests are accepted, so that a refusal is a proper HTTP error.
 
-    ``started`` is the ``time.perf_counter`` of the request's arrival.
+    But no longer than a stream may be silent: those that wait for their model are told
+    that the connection is alive, and a refusal is an event then. ``started`` is the ``time.perf_counter`` of the request's arrival.
     """
     watch = watch_disconnect(call.receive, streams)
     try:
-        for stream in streams:
-            await stream.accepted()
+        async with asyncio.timeout(gateway.settings.sse_keepalive_s):
+            for stream in streams:
+                await stream.accepted()
+    except TimeoutError:
+        pass
     except BaseException:
         watch.cancel()
         release(gateway, call, streams)
@@ -111,7 +115,7 @@ async def open_event_stream(
 
 
 class EventStream(Response):
-    """Relays the accepted requests of one call as server-sent events."""
+    """Relays the requests of one call as server-sent events, once they are accepted."""
 
     def __init__(
         self,
@@ -137,6 +141,7 @@ class EventStream(Response):
         self._watch = watch
         self._started = started
         self._waiting_for_first = True
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keep_alive = KeepAlive(
@@ -149,6 +154,9 @@ class EventStream(Response):
         end = b""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            for stream in self._streams:
+                await stream.accepted()
+            self._begun = True
             await _send(send, self._events.first(self._streams), more=True)
             end = await self._relay_all(send, body, keep_alive)
             end += self._events.end(self._streams)
@@ -175,6 +183,9 @@ class EventStream(Response):
 
     def _still_alive(self) -> bytes:
         """What the format has for it; a comment with how far the prompts are, if they are."""
+        if not self._begun:
+            # Before its first event a stream has none of its format's.
+            return KEEP_ALIVE
         told = self._events.keep_alive()
         prefills = [stream.prefill for stream in self._streams if stream.prefill is not None]
         if not prefills:

@@ -162,6 +162,9 @@ class FakeFleet(Fleet):
         view = self.model(model_id)
         return f"{view.backend}-{view.backend_version}"
 
+    async def prepare(self, model_id: str) -> None:
+        pass
+
     def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
         self.model(model_id)
         if self.bug is not None:

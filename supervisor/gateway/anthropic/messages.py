@@ -39,7 +39,7 @@ async def messages(gateway: Gateway, call: Call) -> Response:
     streaming = bool(request.stream)
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
     generate = to_generate(request)
-    streams = submit(gateway, call, request.model, [generate], terms, streaming=streaming)
+    streams = await submit(gateway, call, request.model, [generate], terms, streaming=streaming)
     shows_thinking = request.shows_thinking
     if streaming:
         events = MessageEvents(request.model, call.request_id, shows_thinking=shows_thinking)

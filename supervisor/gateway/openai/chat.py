@@ -84,7 +84,7 @@ async def chat_completions(gateway: Gateway, call: Call) -> Response:
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
     answers = request.n or 1
     generates = several(to_generate(request), answers)
-    streams = submit(gateway, call, request.model, generates, terms, streaming=streaming)
+    streams = await submit(gateway, call, request.model, generates, terms, streaming=streaming)
     system_fingerprint = fingerprint(gateway, request.model)
     if streaming:
         events = ChatChunks(

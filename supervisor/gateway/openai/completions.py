@@ -61,7 +61,7 @@ async def completions(gateway: Gateway, call: Call) -> Response:
     streaming = bool(request.stream)
     answers_per_prompt = request.n or 1
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
-    streams = submit(gateway, call, request.model, requests, terms, streaming=streaming)
+    streams = await submit(gateway, call, request.model, requests, terms, streaming=streaming)
     system_fingerprint = fingerprint(gateway, request.model)
     if streaming:
         events = TextChunks(

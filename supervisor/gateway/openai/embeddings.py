@@ -57,7 +57,7 @@ async def embeddings(gateway: Gateway, call: Call) -> Response:
     job = Embed(0, inputs_of(request), dimensions=request.dimensions)
     claims = (request.user, request.safety_identifier)
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=claims)
-    streams = submit(gateway, call, request.model, [job], terms, streaming=False)
+    streams = await submit(gateway, call, request.model, [job], terms, streaming=False)
     await collect(gateway, call, streams)
     (stream,) = streams
     base64 = request.encoding_format == "base64"

@@ -60,7 +60,7 @@ async def create_response(gateway: Gateway, call: Call) -> HttpResponse:
             store.put(owner, response.id, encoded, previous, given, response.output)
 
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
-    streams = submit(gateway, call, request.model, [generate], terms, streaming=streaming)
+    streams = await submit(gateway, call, request.model, [generate], terms, streaming=streaming)
     if streaming:
         events = ResponseEvents(response, builder, keep)
         return await open_event_stream(gateway, call, streams, events, started)

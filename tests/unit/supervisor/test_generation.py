@@ -145,6 +145,7 @@ class Scene:
             return Delivery.SENT
 
         self.requests.connect(send)
+        self.requests.resume()
         stream = self.requests.open(Generate(0, prompt="x"), streaming=True)
         (request,) = sent
         assert isinstance(request, Generate)

@@ -1,5 +1,6 @@
 """GGUF headers: what is read from good ones, what is said of bad ones."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,9 @@ def test_a_fuzzed_header_is_read_or_refused(
         content[at : at + 8] = data.draw(st.binary(min_size=8, max_size=8))
     path = tmp_path / "fuzzed.gguf"
     path.write_bytes(content)
-    with pytest.raises(CodedError):
-        read_header(path)
+    with contextlib.suppress(CodedError):
+        # Its tensors are not there, so it must claim to have none.
+        assert read_header(path).parameters == 0
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -42,6 +42,15 @@ def test_traits(tiny_gguf: Path) -> None:
     assert 500_000 < traits.parameters < 3_000_000
 
 
+def test_a_vocabulary_is_no_model(tiny_gguf: Path, tmp_path: Path) -> None:
+    content = bytearray(tiny_gguf.read_bytes())
+    content[8:16] = bytes(8)  # the number of tensors
+    path = tmp_path / "vocabulary.gguf"
+    path.write_bytes(content)
+    with pytest.raises(CodedError, match="no tensors"):
+        read_model(path)
+
+
 def test_the_demo_model(demo_gguf: Path) -> None:
     traits, _ = read_model(demo_gguf)
     assert round(traits.parameters / 1e6) == 135

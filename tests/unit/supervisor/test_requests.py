@@ -57,6 +57,7 @@ def table() -> RequestTable:
 
 def open_on(table: RequestTable, worker: Worker, **options: bool) -> RequestStream:
     table.connect(worker)
+    table.resume()
     return table.open(Generate(0, prompt="x"), **{"streaming": True, **options})
 
 
@@ -129,6 +130,23 @@ async def test_what_nobody_saw_runs_again_and_what_was_seen_fails(table: Request
     assert (await unseen.next()).text == "whole"
 
 
+async def test_before_traffic_is_open_the_worker_gets_canaries_only(table: RequestTable) -> None:
+    early = table.open(Generate(0, prompt="x"), streaming=True)
+    worker = Worker()
+    table.connect(worker)
+    late = table.open(Generate(0, prompt="x"), streaming=True)
+    assert worker.sent == []
+    table.open(Generate(0, prompt="canary"), streaming=True, is_canary=True).close()
+    assert [type(message) for message in worker.sent] == [Generate, Cancel]
+    table.resume()
+    assert table.sent() == 2
+    assert len(worker.sent) == 4
+    assert table.busy
+    early.close()
+    late.close()
+    assert not table.busy
+
+
 async def test_a_request_is_not_run_a_third_time(table: RequestTable) -> None:
     stream = open_on(table, Worker())
     table.park(CRASHED)
@@ -180,6 +198,7 @@ async def test_a_cancel_that_was_not_sent_is_sent_when_the_worker_speaks_of_it(
 ) -> None:
     worker = Worker()
     table.connect(worker)
+    table.resume()
     streams = [table.open(Generate(0, prompt="x"), streaming=True) for _ in range(3)]
     ids = [worker.request_id(index) for index in range(3)]
     worker.delivery = Delivery.BLOCKED
@@ -198,6 +217,7 @@ async def test_a_cancel_that_was_not_sent_is_sent_when_the_worker_speaks_of_it(
 async def test_what_was_given_up_and_not_ended_is_bounded(table: RequestTable) -> None:
     worker = Worker()
     table.connect(worker)
+    table.resume()
     request = Generate(0, prompt="x")
     for _ in range(MAX_GIVEN_UP):
         table.open(request, streaming=True).close()
@@ -214,12 +234,14 @@ async def test_what_was_given_up_and_not_ended_is_bounded(table: RequestTable) -
     # A new worker has none of them.
     table.disconnect()
     table.connect(worker)
+    table.resume()
     table.open(request, streaming=True)
 
 
 async def test_one_client_cannot_have_all_places(table: RequestTable) -> None:
     worker = Worker()
     table.connect(worker)
+    table.resume()
 
     def ask(client: str) -> RequestStream:
         return table.open(Generate(0, prompt="x", client=client), streaming=True, limit=12)
@@ -241,6 +263,7 @@ async def test_one_client_cannot_have_all_places(table: RequestTable) -> None:
 async def test_a_request_runs_again_with_its_seed(table: RequestTable, seed: int | None) -> None:
     first, second = Worker(), Worker()
     table.connect(first)
+    table.resume()
     asked = Generate(0, prompt="x", sampling=Sampling(seed=seed))
     table.open(asked, streaming=True)
     assert table.running() == [asked]
@@ -258,6 +281,7 @@ async def test_a_request_runs_again_with_its_seed(table: RequestTable, seed: int
 async def test_unseeded_requests_differ_and_greedy_ones_need_no_seed(table: RequestTable) -> None:
     worker = Worker()
     table.connect(worker)
+    table.resume()
     for temperature in (1.0, 1.0, 0.0):
         sampling = Sampling(temperature=temperature)
         table.open(Generate(0, prompt="x", sampling=sampling), streaming=True)
@@ -374,6 +398,7 @@ async def ask(table: RequestTable, inquiry: Inquiry = TOKENIZE) -> asyncio.Task[
 async def test_an_inquiry_is_answered_and_counts_as_no_request(table: RequestTable) -> None:
     worker = Worker()
     table.connect(worker)
+    table.resume()
     first, second = await ask(table), await ask(table, Detokenize(0, [1]))
     assert (len(table), table.sent(), table.phase()) == (0, 0, Phase.PREFILL)
     assert table.running() == [TOKENIZE.generate]
@@ -388,6 +413,7 @@ async def test_an_inquiry_is_answered_and_counts_as_no_request(table: RequestTab
 async def test_a_refused_inquiry_raises(table: RequestTable) -> None:
     worker = Worker()
     table.connect(worker)
+    table.resume()
     task = await ask(table)
     table.reject(Rejected(worker.request_id(), ErrorCode.INVALID_VALUE, "bad", "messages"))
     with pytest.raises(CodedError, match="bad") as error:
@@ -398,6 +424,7 @@ async def test_a_refused_inquiry_raises(table: RequestTable) -> None:
 async def test_who_is_cancelled_calls_the_inquiry_off(table: RequestTable) -> None:
     worker = Worker()
     table.connect(worker)
+    table.resume()
     task = await ask(table)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -408,6 +435,7 @@ async def test_who_is_cancelled_calls_the_inquiry_off(table: RequestTable) -> No
 
 async def test_an_inquiry_runs_again_on_the_next_worker_and_once_only(table: RequestTable) -> None:
     table.connect(Worker())
+    table.resume()
     task = await ask(table)
     for _ in range(2):
         table.disconnect()
@@ -423,6 +451,7 @@ async def test_an_inquiry_runs_again_on_the_next_worker_and_once_only(table: Req
 
 async def test_an_inquiry_that_survived_its_worker_is_answered(table: RequestTable) -> None:
     table.connect(Worker())
+    table.resume()
     task = await ask(table)
     table.disconnect()
     table.park(CRASHED)
@@ -435,6 +464,7 @@ async def test_an_inquiry_that_survived_its_worker_is_answered(table: RequestTab
 
 async def test_inquiries_end_when_nothing_will_serve_them(table: RequestTable) -> None:
     table.connect(Worker())
+    table.resume()
     task = await ask(table)
     table.fail_all(CodedError(ErrorCode.MODEL_UNLOADED, "unloaded"))
     with pytest.raises(CodedError, match="unloaded"):
@@ -444,6 +474,7 @@ async def test_inquiries_end_when_nothing_will_serve_them(table: RequestTable) -
 async def test_inquiries_are_bounded() -> None:
     table = RequestTable(max_stream_buffer_bytes=1000, max_inquiries=2)
     table.connect(Worker())
+    table.resume()
     tasks = [await ask(table) for _ in range(3)]
     with pytest.raises(CodedError) as error:
         await tasks.pop()
@@ -452,6 +483,7 @@ async def test_inquiries_are_bounded() -> None:
     table.fail_all(CRASHED)
     await asyncio.gather(*tasks, return_exceptions=True)
     table.connect(Worker(Delivery.BLOCKED))
+    table.resume()
     with pytest.raises(CodedError, match="does not take any more"):
         await table.ask(TOKENIZE)
 
@@ -462,6 +494,7 @@ async def test_inquiries_are_bounded() -> None:
 async def test_vectors_are_handed_over_whole(table: RequestTable) -> None:
     worker = Worker()
     table.connect(worker)
+    table.resume()
     stream = table.open(Embed(0, ["a", "b", "c"]), streaming=False)
     number = worker.request_id()
     table.accept(Accepted(number, 6))
@@ -478,6 +511,7 @@ async def test_vectors_are_handed_over_whole(table: RequestTable) -> None:
 async def test_vectors_are_computed_again_after_a_crash(table: RequestTable) -> None:
     worker, second = Worker(), Worker()
     table.connect(worker)
+    table.resume()
     stream = table.open(Embed(0, ["a", "b"]), streaming=False)
     table.embed(Embedded(worker.request_id(), [b"lost"], last=False))
     table.disconnect()
@@ -493,6 +527,7 @@ async def test_vectors_are_computed_again_after_a_crash(table: RequestTable) -> 
 async def test_vectors_of_an_abandoned_request_are_dropped(table: RequestTable) -> None:
     worker = Worker()
     table.connect(worker)
+    table.resume()
     stream = table.open(Embed(0, ["a"]), streaming=False)
     stream.close()
     assert worker.sent[-1] == Cancel(worker.request_id(0))
