@@ -98,7 +98,9 @@ async def open_event_stream(
     """Wait until the requests are accepted, so that a refusal is a proper HTTP error.
 
     But no longer than a stream may be silent: those that wait for their model are told
-    that the connection is alive, and a refusal is an event then. ``started`` is the ``time.perf_counter`` of the request's arrival.
+    that the connection is alive, and a refusal is an event then.
+
+    ``started`` is the ``time.perf_counter`` of the request's arrival.
     """
     watch = watch_disconnect(call.receive, streams)
     try:
