@@ -14,6 +14,7 @@ from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Detokenize, Detokenized, Job, Tokenize, Tokenized
 from supervisor.actor import Actor
 from supervisor.admission import BlockRule
+from supervisor.autoload import Autoload, ReportAutoload
 from supervisor.compatibility import Record, recommendations
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.idle_watch import IdleWatch
@@ -41,9 +42,6 @@ T = TypeVar("T")
 #: Reads the registry's records, oldest first, beside the backends installed now.
 ReadRecords = Callable[[Sequence[Record], Mapping[str, str | None]], list[T]]
 
-#: Told how the load of a configured model ended; no error: it is routable.
-ReportAutoload = Callable[[str, CodedError | None], None]
-
 
 class Fleet:
     """Reads the state of ``settings.home``, whose lock the caller holds.
@@ -70,6 +68,8 @@ class Fleet:
         if left := await_gone(swept, SWEEP_TIMEOUT_S):
             log.error("left by an earlier server, and they do not end: %s", left)
         self._gate = Gate(settings, self._registry, blocklist)
+        limit = settings.safe_start_after
+        self._configured = Autoload(settings.home, self._gate.configured, limit)
         self._resting = Resting(
             self._accounts, self._incidents, services.policy, self._registry.records
         )
@@ -83,6 +83,11 @@ class Fleet:
         self._stopping: asyncio.Task[None] | None = None
 
     # --- queries ---
+
+    @property
+    def safe_start(self) -> str | None:
+        """Why the configured models were not loaded, after starts that ended badly."""
+        return self._configured.safe_start
 
     def models(self) -> list[ModelView]:
         """Every tracked model, and every one that rests in quarantine; in the order of ids."""
@@ -251,7 +256,8 @@ class Fleet:
         """Begin loading the configured models, one after the other, in the background."""
         self._janitor = Janitor(self._services.server_mark)
         self._at_gate.update(spec.model_id for spec in self._gate.configured)
-        self._autoload = asyncio.create_task(self._load_configured(), name="autoload")
+        autoload = self._configured.run(self.load, self._leave_gate, self._on_autoload)
+        self._autoload = asyncio.create_task(autoload, name="autoload")
         settings = self._services.settings
         watch = MemoryWatch(
             self._actors,
@@ -286,6 +292,7 @@ class Fleet:
             if self._janitor is not None:
                 self._janitor.dismiss()
             await self._services.flush()
+            await self._configured.went_well()
         finally:
             self._services.close()
 
@@ -314,7 +321,7 @@ class Fleet:
                 await self._settled(model_id)
                 actor = self._actors.get(model_id)
                 if actor is not None and not _rests(actor):
-                    await self._check_same(actor, spec)
+                    await self._gate.check_same(actor.spec, spec)
                     same = self._actors.get(model_id) is actor
                     if same and not _rests(actor) and not _is_leaving(actor):
                         return actor
@@ -343,27 +350,6 @@ class Fleet:
         while (actor := self._actors.get(model_id)) is not None and _is_leaving(actor):
             await actor.changed()
 
-    async def _check_same(self, actor: Actor, spec: LoadSpec) -> None:
-        """Raise ``model_conflict`` if a load asks for something else than what is running."""
-        running = actor.spec
-        wanted = {"backend": (spec.backend, running.backend)}
-        if spec.context_length is not None:
-            wanted["context_length"] = (str(spec.context_length), str(running.context_length))
-        if spec.path is not None or Path(spec.model_id).is_absolute():
-            path = await self._gate.locate(spec)
-            wanted["path"] = (str(path), str(running.files.path))
-        if spec.draft_model is not None:
-            draft = await self._gate.find_draft(spec.draft_model)
-            wanted["draft_model"] = (str(draft), str(running.draft_path))
-        for name, (asked, used) in wanted.items():
-            if asked is not None and asked != used:
-                raise CodedError(
-                    ErrorCode.MODEL_CONFLICT,
-                    f"model {running.model_id!r} is loaded with {name} {used}; "
-                    "unload it first to load it with another",
-                    param=name,
-                )
-
     def _wake(self, actor: Actor | None, model: ModelSpec, spec: LoadSpec) -> Actor:
         """Start what the gate admitted: a new actor, or the quarantined one on probation."""
         self._resting.admitted(model.account_key)
@@ -390,23 +376,6 @@ class Fleet:
         if _rests(actor):
             raise actor.unstable()
         return actor
-
-    async def _load_configured(self) -> None:
-        for spec in self._gate.configured:
-            failure: CodedError | None = None
-            try:
-                await self.load(spec)
-            except CodedError as error:
-                failure = error
-            except Exception as error:
-                # One model's trouble must not keep the others from being loaded.
-                log.exception("%s: not loaded", spec.model_id)
-                failure = CodedError(ErrorCode.INTERNAL_ERROR, str(error))
-            self._leave_gate(spec.model_id)
-            try:
-                self._on_autoload(spec.model_id, failure)
-            except OSError as error:
-                log.warning("cannot report on %s: %s", spec.model_id, error)
 
 
 def _is_leaving(actor: Actor) -> bool:

@@ -146,6 +146,26 @@ class Gate:
             draft_path=await self.find_draft(spec.draft_model or configured.draft_model),
         )
 
+    async def check_same(self, running: ModelSpec, spec: LoadSpec) -> None:
+        """Raise ``model_conflict`` if a load asks for something else than what is running."""
+        wanted = {"backend": (spec.backend, running.backend)}
+        if spec.context_length is not None:
+            wanted["context_length"] = (str(spec.context_length), str(running.context_length))
+        if spec.path is not None or Path(spec.model_id).is_absolute():
+            path = await self.locate(spec)
+            wanted["path"] = (str(path), str(running.files.path))
+        if spec.draft_model is not None:
+            draft = await self.find_draft(spec.draft_model)
+            wanted["draft_model"] = (str(draft), str(running.draft_path))
+        for name, (asked, used) in wanted.items():
+            if asked is not None and asked != used:
+                raise CodedError(
+                    ErrorCode.MODEL_CONFLICT,
+                    f"model {running.model_id!r} is loaded with {name} {used}; "
+                    "unload it first to load it with another",
+                    param=name,
+                )
+
     async def find_draft(self, wanted: str | None) -> Path | None:
         """Where a draft model is: at a path, or in the models folder."""
         if wanted is None:

@@ -8,7 +8,6 @@ typed error.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,13 +30,13 @@ from protocol.messages import (
     Phase,
     Prefilled,
     Rejected,
-    Sampling,
     Started,
     Tokenize,
     ToWorker,
 )
 from supervisor.pace import Pace
 from supervisor.places import may_enter
+from supervisor.seeds import seeded
 from supervisor.stream import Prefill, RequestStream
 
 #: How often a request may be given to a worker. The second crash under it may
@@ -174,7 +173,7 @@ class RequestTable:
         now = self._clock()
         to_run: Job = msgspec.structs.replace(request, request_id=request_id)
         if isinstance(to_run, Generate):
-            to_run = msgspec.structs.replace(to_run, sampling=_seeded(to_run.sampling))
+            to_run = msgspec.structs.replace(to_run, sampling=seeded(to_run.sampling))
         entry = _Entry(request, to_run, stream, is_canary, opened_at=now)
         if not self._run(entry):
             raise _worker_blocked()
@@ -378,13 +377,6 @@ class RequestTable:
             self._pace.idle()
             self.idle_since = self._clock()
         return entry
-
-
-def _seeded(sampling: Sampling) -> Sampling:
-    """With a seed, where it takes one: what runs again is then the same answer."""
-    if sampling.seed is not None or sampling.temperature <= 0:
-        return sampling
-    return msgspec.structs.replace(sampling, seed=random.getrandbits(63))
 
 
 def _with_tokens_sent(error: CodedError, stream: RequestStream) -> CodedError:

@@ -90,6 +90,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     failure_window_s: float = 600.0
     restart_delay_cap_s: float = 60.0
 
+    #: After so many starts in a row that ended badly the configured models are not loaded;
+    #: 0: they always are.
+    safe_start_after: int = 3
+
     log_level: str = "info"
 
     #: A client must have sent a request's head within this time ...

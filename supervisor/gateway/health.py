@@ -30,6 +30,8 @@ async def readyz(gateway: Gateway, call: Call) -> Response:
     if any(is_routable(view) for view in views):
         return json_response({"status": "ready", "models": models})
     reason = _why_not(views)
+    if gateway.fleet.safe_start is not None:
+        reason = f"{reason}; {gateway.fleet.safe_start}"
     error = CodedError(ErrorCode.MODEL_NOT_READY, reason, retry_after_s=_RETRY_S)
     call.outcome = error.code.value
     response = json_response(

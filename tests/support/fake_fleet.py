@@ -123,6 +123,7 @@ class FakeFleet(Fleet):
     inquiries_called_off: int = 0
     loads: list[LoadSpec] = field(default_factory=list)
     queries: list[dict[str, object]] = field(default_factory=list)
+    why_safe: str | None = None
     on_disk: list[dict[str, object]] = field(default_factory=list)
     load_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     finished_loads: int = 0
@@ -161,6 +162,10 @@ class FakeFleet(Fleet):
     def fingerprint(self, model_id: str) -> str:
         view = self.model(model_id)
         return f"{view.backend}-{view.backend_version}"
+
+    @property
+    def safe_start(self) -> str | None:
+        return self.why_safe
 
     async def prepare(self, model_id: str) -> None:
         pass
