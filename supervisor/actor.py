@@ -151,9 +151,12 @@ class Actor:
         )
 
     def idle_s(self) -> float | None:
-        """Seconds without anything to do; None while there is, or it takes no traffic."""
+        """Seconds without anything to do; None while there is, or it takes no traffic, or has
+        to prove itself."""
         state = self._state
-        if state is None or state.readiness is not Readiness.ROUTABLE or state.unloading:
+        if state is None or state.readiness is not Readiness.ROUTABLE:
+            return None
+        if state.unloading or state.probation:
             return None
         return None if self._requests.busy else time.monotonic() - self._requests.idle_since
 

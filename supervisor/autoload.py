@@ -55,7 +55,7 @@ class Autoload:
                 "loaded its models"
             )
             log.error("%s", self.safe_start)
-        self._writer.save(_File(unclean=before + 1))
+        self._unclean = before + 1
 
     async def run(
         self,
@@ -65,6 +65,7 @@ class Autoload:
     ) -> None:
         """Load one after the other; ``done`` is called after each, whatever came of it."""
         # The count has to be on disk before the first model can do any harm.
+        self._writer.save(_File(unclean=self._unclean))
         await self._writer.flush()
         for spec in self._specs:
             failure: CodedError | None = None

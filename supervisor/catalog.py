@@ -170,7 +170,7 @@ def hub_cache_dir() -> Path:
 def _in_folder(root: Path, *, simulated: bool) -> Iterator[Place]:
     """What is in the models folder itself, and in the folders below it."""
     for path in _entries(root):
-        if path.is_dir():
+        if modelfiles.is_folder(path):
             yield from _below(path, path.name, _DEPTH - 1)
         elif _stands_for_a_model(path):
             yield Place(gguf_model.stem_of(path.name), path, "models_dir")
@@ -183,7 +183,7 @@ def _below(folder: Path, name: str, depth: int) -> Iterator[Place]:
     yield from models
     if not models and depth:
         for path in _entries(folder):
-            if path.is_dir():
+            if modelfiles.is_folder(path):
                 yield from _below(path, f"{name}/{path.name}", depth - 1)
 
 
@@ -192,7 +192,7 @@ def _in_repo(folder: Path, repo: str, source: str) -> Iterator[Place]:
     files = [path for path in _entries(folder) if _stands_for_a_model(path)]
     safetensors = any(_entries(folder, "*.safetensors*"))
     # Repositories of GGUF files often come with the original's config.
-    if safetensors or (not files and (folder / "config.json").exists()):
+    if safetensors or (not files and modelfiles.exists(folder / "config.json")):
         yield Place(repo, folder, source)
     for path in files:
         yield Place(f"{repo}:{gguf_model.stem_of(path.name)}", path, source)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Detokenize, Detokenized, Job, Tokenize, Tokenized
 from supervisor.actor import Actor
@@ -18,6 +20,7 @@ from supervisor.autoload import Autoload, ReportAutoload
 from supervisor.compatibility import Record, recommendations
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.idle_watch import IdleWatch
+from supervisor.ids import complaint_about_id
 from supervisor.incidents import Incident
 from supervisor.lifecycle import Readiness
 from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
@@ -75,6 +78,8 @@ class Fleet:
         )
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
+        #: How what is loaded, or was until it was idle, was asked for.
+        self._last_loads: dict[str, LoadSpec] = {}
         #: Ids whose loads are being looked at, with their number.
         self._at_gate: Counter[str] = Counter()
         self._memory_watch: asyncio.Task[None] | None = None
@@ -171,8 +176,15 @@ class Fleet:
             or Path(model_id).is_absolute()
         ):
             return
+        # As it was loaded before, but for what an operator has to say each time.
+        known = self._last_loads.get(model_id, LoadSpec(model_id=model_id))
+        spec = msgspec.structs.replace(known, allow_unsupported_runtime=False)
+        if complaint_about_id(model_id) or self._gate.id_of(spec) != model_id:
+            return
         try:
-            await self._admit(LoadSpec(model_id=model_id))
+            if model_id not in self._last_loads:
+                await self._gate.locate(spec)
+            await self._admit(spec)
         except CodedError as error:
             if error.code is not ErrorCode.MODEL_NOT_FOUND:
                 raise
@@ -193,14 +205,12 @@ class Fleet:
         Raises what ``submit`` does, the worker's refusal, or what became of the model.
         Takes no slot; who is cancelled calls it off.
         """
-        await self.prepare(model_id)
         answer = await self._actor(model_id).ask(inquiry)
         assert isinstance(answer, Tokenized)
         return answer
 
     async def detokenize(self, model_id: str, inquiry: Detokenize) -> Detokenized:
         """As ``tokenize``, the other way round."""
-        await self.prepare(model_id)
         answer = await self._actor(model_id).ask(inquiry)
         assert isinstance(answer, Detokenized)
         return answer
@@ -230,6 +240,7 @@ class Fleet:
         if model_id not in self._actors and self._resting.view(model_id) is not None:
             return  # Nothing runs, and the quarantine stays.
         actor = self._actor(model_id)
+        self._last_loads.pop(model_id, None)
         actor.unload()
         while actor.tracked and actor.state.unloading:
             await actor.changed()
@@ -370,6 +381,7 @@ class Fleet:
         def forget() -> None:
             del self._actors[model_id]
 
+        self._last_loads[model_id] = spec
         actor = Actor(model, self._services, on_gone=forget)
         self._actors[model_id] = actor
         actor.start(probation=spec.allow_unsupported_runtime)

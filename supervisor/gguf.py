@@ -21,9 +21,9 @@ DEFAULT_ALIGNMENT = 32
 #: More of either is no model but an attack or an accident.
 MAX_TENSORS = 1_000_000
 MAX_KEYS = 100_000
-MAX_ARRAY_STRINGS = 10_000_000
+MAX_ARRAY_STRINGS = 2_000_000
 
-#: The longest text that is kept, a chat template, has some 100 kB.
+#: Of all texts that are kept: the longest, a chat template, has some 100 kB.
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 
 #: A header of a large vocabulary has a few MB.
@@ -97,6 +97,7 @@ class _Cursor:
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
         self._left = size
+        self._text_left = MAX_TEXT_BYTES
         self.at = 0
 
     def take(self, size: int) -> bytes:
@@ -116,8 +117,9 @@ class _Cursor:
 
     def text(self) -> str:
         size = self.number(_U64)
-        if size > MAX_TEXT_BYTES:
-            raise _Malformed(f"its header has a text of {size} bytes")
+        self._text_left -= size
+        if self._text_left < 0:
+            raise _Malformed(f"its header has more than {MAX_TEXT_BYTES} bytes of text")
         return self.take(size).decode(errors="replace")
 
     def _advance(self, size: int) -> None:

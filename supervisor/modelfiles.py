@@ -69,6 +69,14 @@ def exists(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """False also for a path that cannot be looked at."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def find(model_id: str, models_dir: Path, hub_cache: Path | None = None) -> Path:
     """The path of an id in the models folder, or else in the hub's cache; an absolute path
     stands for itself.
@@ -93,8 +101,10 @@ def find(model_id: str, models_dir: Path, hub_cache: Path | None = None) -> Path
             return candidate
         if (part := gguf_model.find_first_part(candidate.parent, candidate.name)) is not None:
             return part
-    if hub_cache is not None and (cached := _find_cached(model_id, hub_cache)) is not None:
-        return cached
+    if candidates and hub_cache is not None:
+        cached = _find_cached(model_id, hub_cache)
+        if cached is not None:
+            return cached
     raise CodedError(ErrorCode.MODEL_NOT_FOUND, f"no model {model_id!r} here", param="model_id")
 
 
@@ -115,6 +125,8 @@ def cached_repos(hub_cache: Path) -> Iterator[tuple[str, Path]]:
 
 def _find_cached(model_id: str, hub_cache: Path) -> Path | None:
     repo, _, stem = canonical_id(model_id).partition(":")
+    if PurePosixPath(repo).is_absolute() or "--" in repo:
+        return None
     snapshot = _snapshot(hub_cache / f"{_CACHED}{repo.replace('/', '--')}")
     if snapshot is None or not stem:
         return snapshot
@@ -133,13 +145,16 @@ def _snapshot(folder: Path) -> Path | None:
 
 def _is_plain(model_id: str) -> bool:
     """Whether an id has one spelling only and stays below the models folder."""
-    parts = PurePosixPath(model_id).parts
-    return bool(parts) and ".." not in parts and str(PurePosixPath(model_id)) == model_id
+    repo, colon, stem = model_id.partition(":")
+    if colon and (not stem or "/" in stem or ":" in stem or stem in {".", ".."}):
+        return False
+    parts = PurePosixPath(repo).parts
+    return bool(parts) and ".." not in parts and str(PurePosixPath(repo)) == repo
 
 
 def format_of(path: Path) -> str:
     """What a model is by its look; its content may tell otherwise."""
-    if path.is_dir():
+    if is_folder(path):
         return "mlx"
     return "simulated" if path.name.endswith(SIMULATED_SUFFIX) else "gguf"
 
@@ -151,7 +166,7 @@ def inspect(path: Path) -> ModelFiles:
         if path.is_dir():
             traits, files = modelfolder.read_model(path)
             return _found(files, path, "mlx", traits)
-        if path.name.endswith(SIMULATED_SUFFIX):
+        if path.name.endswith(SIMULATED_SUFFIX) and path.is_file():
             return _found([path], path, "simulated", SIMULATED_TRAITS)
         if path.is_file():
             traits, files = gguf_model.read_model(path)

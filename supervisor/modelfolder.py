@@ -3,7 +3,6 @@ missing. Reads headers and small JSON files only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import msgspec
 
 from protocol.messages import ModelKind
-from supervisor.safetensors import Damaged, SafetensorsHeader, read_header
+from supervisor.safetensors import Damaged, read_header
 from supervisor.traits import Traits, incomplete
 
 #: Such files are a few kB, an index some MB; what is larger is none.
@@ -22,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
 #: What loading a model reads, beside its weights.
 _SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
+_MAX_SHARDS = 1000
 #: Where huggingface_hub leaves what it has begun to download into a folder.
 _DOWNLOADS = ".cache/huggingface/download"
 _UNFINISHED = "*.incomplete"
@@ -37,6 +37,8 @@ class _Folder:
     def read_json(self, name: str) -> dict[str, Any]:
         """An empty object, and a problem, where there is no such file or it is none."""
         try:
+            if not self.has(name):  # opening a pipe would wait for ever
+                raise FileNotFoundError(name)
             with (self.path / name).open("rb") as file:
                 content = file.read(MAX_JSON_BYTES)
             return msgspec.json.decode(content, type=dict[str, Any])
@@ -59,66 +61,70 @@ def read_model(path: Path) -> tuple[Traits, list[Path]]:
     config = folder.read_json("config.json")
     if config and not isinstance(config.get("model_type", ""), str):
         folder.problems.append("config.json cannot be read: its model_type is no text")
-    headers = _check_weights(folder)
+    quantization = config.get("quantization")
+    bits = quantization.get("bits") if isinstance(quantization, dict) else None
+    bits = bits if isinstance(bits, int) and 0 < bits <= 32 else None
+    parameters = _check_weights(folder, bits)
     if not any(folder.has(name) for name in TOKENIZERS) and not any(path.glob("*.tiktoken")):
         folder.problems.append(f"no tokenizer is there (one of {', '.join(TOKENIZERS)})")
-    unfinished = sorted({*path.glob(_UNFINISHED), *(path / _DOWNLOADS).glob(_UNFINISHED)})
-    folder.problems += [f"{each.name} has not been downloaded to its end" for each in unfinished]
     if folder.problems:
+        # By themselves they may be left of files that nobody needs.
+        unfinished = sorted({*path.glob(_UNFINISHED), *(path / _DOWNLOADS).glob(_UNFINISHED)})
+        folder.problems += [
+            f"{each.name} has not been downloaded to its end" for each in unfinished
+        ]
         raise incomplete(path.name, folder.problems)
     # Regular files only: opening a pipe would wait for ever.
     files = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file())
-    return _traits(folder, config, headers), files
+    return _traits(folder, config, bits, parameters), files
 
 
-def _check_weights(folder: _Folder) -> list[SafetensorsHeader]:
-    expected: Mapping[str, set[str]]
-    if folder.has(INDEX):
-        expected = _shards(folder)
-    else:
-        expected = {each.name: set() for each in sorted(folder.path.glob("*.safetensors"))}
-        if not expected:
-            folder.problems.append("no weights are there (*.safetensors)")
-    headers = []
-    for name, tensors in expected.items():
+def _check_weights(folder: _Folder, bits: int | None) -> int:
+    """The parameters of all shards. What is in which is not compared with the index: that
+    may be older, as it is where none of what it names is there, but other weights are."""
+    present = sorted(each.name for each in folder.path.glob("*.safetensors"))
+    known = len(folder.problems)
+    names = _shards(folder) if folder.has(INDEX) else present
+    if names and present and not any(map(folder.has, names)):
+        names = present
+    if not names and len(folder.problems) == known:
+        folder.problems.append("no weights are there (*.safetensors)")
+    parameters = 0
+    for name in names:
         if not folder.has(name):
             folder.problems.append(f"{name} is missing")
             continue
         try:
-            header = read_header(folder.path / name)
+            parameters += read_header(folder.path / name).parameters(bits)
         except (Damaged, OSError) as error:
             folder.problems.append(f"{name}: {error}")
-            continue
-        if absent := tensors - header.names:
-            folder.problems.append(f"{name} lacks {len(absent)} tensors, as {min(absent)}")
-        headers.append(header)
-    return headers
+    return parameters
 
 
-def _shards(folder: _Folder) -> Mapping[str, set[str]]:
-    """What the index says is where: tensors by file."""
-    found: dict[str, set[str]] = {}
+def _shards(folder: _Folder) -> list[str]:
+    """The files that the index says are there."""
     known = len(folder.problems)
     weight_map = folder.read_json(INDEX).get("weight_map")
-    if not (isinstance(weight_map, dict) and weight_map) and len(folder.problems) == known:
-        folder.problems.append(f"{INDEX} has no weight_map")
-    for tensor, name in weight_map.items() if isinstance(weight_map, dict) else ():
-        if not isinstance(name, str) or PurePosixPath(name).name != name:
-            folder.problems.append(f"{INDEX} names a file {name!r}")
-            break
-        found.setdefault(name, set()).add(tensor)
-    return found
+    if not (isinstance(weight_map, dict) and weight_map):
+        if len(folder.problems) == known:
+            folder.problems.append(f"{INDEX} has no weight_map")
+        return []
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or PurePosixPath(name).name != name:
+            folder.problems.append(f"{INDEX} names a file {name!r}"[:200])
+            return []
+    names = list(dict.fromkeys(weight_map.values()))
+    if len(names) > _MAX_SHARDS:
+        folder.problems.append(f"{INDEX} names {len(names)} files")
+        return []
+    return names
 
 
-def _traits(folder: _Folder, config: dict[str, Any], headers: list[SafetensorsHeader]) -> Traits:
-    quantization = config.get("quantization")
-    bits = quantization.get("bits") if isinstance(quantization, dict) else None
+def _traits(folder: _Folder, config: dict[str, Any], bits: int | None, parameters: int) -> Traits:
     return Traits(
         architecture=config.get("model_type", ""),
-        quantization=f"{bits}bit" if isinstance(bits, int) else "",
-        parameters=sum(
-            each.parameters(bits if isinstance(bits, int) else None) for each in headers
-        ),
+        quantization="" if bits is None else f"{bits}bit",
+        parameters=parameters,
         context_length=_context_length(config),
         kind=_kind(config.get("architectures")),
         has_chat_template=_has_chat_template(folder),

@@ -308,7 +308,11 @@ class RequestTable:
     def resume(self) -> None:
         """Run what was parked, oldest first, on the connected worker, and what comes."""
         self._flows = True
-        self.idle_since = self._clock()
+        self.idle_since = now = self._clock()
+        # What they have waited for was no answer.
+        self._pace.idle()
+        if self._entries:
+            self._pace.busy(now)
         for request_id, entry in list(self._entries.items()):
             if not entry.sent and not self._run(entry):
                 self._remove(request_id)
@@ -341,7 +345,7 @@ class RequestTable:
         return delivery is not Delivery.BLOCKED
 
     def _require_place(self, client: str, limit: int) -> None:
-        taken = len(self._entries)
+        taken = sum(not entry.is_canary for entry in self._entries.values())
         own = sum(entry.asked.client == client for entry in self._entries.values())
         if may_enter(own, taken, limit):
             return

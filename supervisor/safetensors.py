@@ -29,10 +29,6 @@ class SafetensorsHeader:
 
     elements: Mapping[str, int]
 
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self.elements)
-
     def parameters(self, bits: int | None) -> int:
         """How many there are. ``bits``: of those that MLX has packed into words of 32."""
         total = 0

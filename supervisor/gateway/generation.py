@@ -8,6 +8,7 @@ nobody.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 
@@ -40,13 +41,14 @@ async def submit(
     once that is known to be tracked. Raises what ``Fleet.prepare`` and ``Fleet.submit`` do, or
     ``request_timeout`` when the client's deadline has passed by now.
     """
-    remaining_s = 0.0
-    if terms.timeout_s is not None:
-        remaining_s = terms.arrived + terms.timeout_s - time.perf_counter()
-        if remaining_s <= 0:
-            raise DeadlinePassed(terms.timeout_s, 0)
     gateway.metrics.client_request(terms.client_name)
-    await gateway.fleet.prepare(model)
+    if _remaining_s(terms) <= 0:
+        raise DeadlinePassed(terms.timeout_s or 0.0, 0)
+    try:
+        async with asyncio.timeout(None if terms.timeout_s is None else _remaining_s(terms)):
+            await gateway.fleet.prepare(model)
+    except TimeoutError as error:
+        raise DeadlinePassed(terms.timeout_s or 0.0, 0) from error
     streams: list[RequestStream] = []
     try:
         for request in requests:
@@ -63,8 +65,15 @@ async def submit(
     gateway.running.add(call.request_id, call, streams)
     if terms.timeout_s is not None:
         loop = asyncio.get_running_loop()
-        call.deadline = loop.call_later(remaining_s, _expire, streams, terms.timeout_s)
+        call.deadline = loop.call_later(_remaining_s(terms), _expire, streams, terms.timeout_s)
     return streams
+
+
+def _remaining_s(terms: Terms) -> float:
+    """Until the client's deadline, if it has one."""
+    if terms.timeout_s is None:
+        return math.inf
+    return terms.arrived + terms.timeout_s - time.perf_counter()
 
 
 def fingerprint(gateway: Gateway, model: str) -> str | None:

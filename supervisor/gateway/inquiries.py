@@ -25,8 +25,13 @@ async def tokenize(
     """Raises what ``Fleet.tokenize`` does, ``request_timeout`` and ``ClientDisconnected``."""
     asked = msgspec.structs.replace(inquiry.generate, client=terms.client, priority=terms.priority)
     inquiry = msgspec.structs.replace(inquiry, generate=asked)
-    call.model = gateway.fleet.model(model).id
-    return await _answered(call, gateway.fleet.tokenize(model, inquiry), terms)
+
+    async def ask() -> Tokenized:
+        await gateway.fleet.prepare(model)
+        call.model = gateway.fleet.model(model).id
+        return await gateway.fleet.tokenize(model, inquiry)
+
+    return await _answered(call, ask(), terms)
 
 
 async def detokenize(
@@ -34,8 +39,13 @@ async def detokenize(
 ) -> Detokenized:
     """As ``tokenize``."""
     inquiry = msgspec.structs.replace(inquiry, client=terms.client, priority=terms.priority)
-    call.model = gateway.fleet.model(model).id
-    return await _answered(call, gateway.fleet.detokenize(model, inquiry), terms)
+
+    async def ask() -> Detokenized:
+        await gateway.fleet.prepare(model)
+        call.model = gateway.fleet.model(model).id
+        return await gateway.fleet.detokenize(model, inquiry)
+
+    return await _answered(call, ask(), terms)
 
 
 async def _answered(call: Call, question: Coroutine[Any, Any, T], terms: Terms) -> T:

@@ -97,14 +97,16 @@ async def open_event_stream(
 ) -> EventStream:
     """Wait until the requests are accepted, so that a refusal is a proper HTTP error.
 
-    But no longer than a stream may be silent: those that wait for their model are told
-    that the connection is alive, and a refusal is an event then.
+    But with ``load_on_demand`` no longer than a stream may be silent: those that wait for
+    their model are told that the connection is alive, and a refusal is an event then.
 
     ``started`` is the ``time.perf_counter`` of the request's arrival.
     """
     watch = watch_disconnect(call.receive, streams)
+    settings = gateway.settings
+    silence_s = settings.sse_keepalive_s if settings.load_on_demand else None
     try:
-        async with asyncio.timeout(gateway.settings.sse_keepalive_s):
+        async with asyncio.timeout(silence_s):
             for stream in streams:
                 await stream.accepted()
     except TimeoutError:

@@ -90,8 +90,8 @@ async def tokenize(gateway: Gateway, call: Call) -> Response:
     request = await read_json(call, _tokenize_decoder, gateway.settings)
     inquiry = to_inquiry(request)
     terms = terms_of(call, started, api_key=gateway.settings.api_key)
-    context_length = gateway.fleet.model(request.model).context_length
     told = await inquiries.tokenize(gateway, call, request.model, inquiry, terms)
+    context_length = gateway.fleet.model(request.model).context_length
     return json_response(Tokens(told.count, context_length, told.tokens))
 
 

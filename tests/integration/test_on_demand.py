@@ -26,6 +26,8 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Pat
     write_script(folder, "talker", tokens=["Hel", "lo"])
     write_script(folder, "slow", tokens=["Hel", "lo"], load_delay_s=1.5)
     write_script(folder, "late", tokens=["Hel", "lo"], load_delay_s=1.5)
+    write_script(folder, "secret", tokens=["Hel", "lo"])
+    write_script(folder, "asked", tokens=["Hel", "lo"])
     write_script(folder, "leaving", tokens=["Hel", "lo"], load_delay_s=30.0)
     write_script(folder, "crowded", tokens=["Hel", "lo"], load_delay_s=1.5)
     write_script(folder, "broken", faults=[{"at": "load", "kind": "segfault"}])
@@ -114,9 +116,30 @@ def test_what_cannot_be_loaded_is_told_at_once(server: Server) -> None:
 
 
 def test_a_request_cannot_name_a_file(server: Server, models_dir: Path) -> None:
-    path = str(models_dir / "talker.sim.json")
-    assert code_of(server.chat(path)) == (404, "model_not_found")
-    assert code_of(server.chat("../models/talker")) == (404, "model_not_found")
+    path = str(models_dir / "secret.sim.json")
+    before = tracked(server)
+    for model in (path, f"x:{path}", "../models/secret", "secret:", "secret.sim.json"):
+        assert code_of(server.chat(model)) == (404, "model_not_found"), model
+    assert tracked(server) == before
+
+
+def test_an_inquiry_loads_a_model_too(server: Server) -> None:
+    answer = server.http.post("/tokenize", json={"model": "asked", "content": "Hello"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["count"] == 5
+
+
+def test_a_model_comes_back_as_it_was_loaded(tmp_path: Path, tiny_gguf: Path) -> None:
+    elsewhere = shutil.copy(tiny_gguf, tmp_path / "elsewhere.gguf")
+    on = {"OPTA_LMX_LOAD_ON_DEMAND": "true", **FAST}
+    with serve(tmp_path / "home", **on) as server:
+        options = {"path": str(elsewhere), "context_length": 512, "keep_alive_sec": 1}
+        assert server.load("mine", **options).status_code == 200
+        await_left(server, "mine")
+        assert server.chat("mine", max_tokens=2).status_code == 200
+        assert server.model("mine")["context_length"] == 512
+        server.http.post("/admin/models/unload", json={"model_id": "mine"})
+        assert code_of(server.chat("mine")) == (404, "model_not_found")
 
 
 def test_nobody_waits_for_ever_for_a_model_that_crashes(server: Server) -> None:

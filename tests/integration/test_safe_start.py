@@ -7,7 +7,7 @@ from tests.support.server import Server, await_gone, serve, start, write_script
 
 
 def test_after_three_deaths_the_models_are_left_alone(tmp_path: Path) -> None:
-    model = write_script(tmp_path, "m", tokens=["x"])
+    model = write_script(tmp_path, "m", tokens=["Hel", "lo"])
     home = tmp_path / "home"
     for _ in range(3):
         server = Server(start(home, f"--model={model}"))

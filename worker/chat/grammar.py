@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from protocol.chat import Tool
+from protocol.errors import CodedError, ErrorCode
 
 #: The text of a special token, and its id.
 Specials = Mapping[str, int]
@@ -25,6 +26,10 @@ JSON_OPTIONS: dict[str, Any] = {
 }
 
 
+#: Of a grammar; ``worker.constraints`` takes no larger one.
+MAX_CHARS = 256 * 1024
+
+
 class Member(NamedTuple):
     """A rule of one argument, which may be left out unless it is ``required``."""
 
@@ -38,6 +43,7 @@ class Grammar:
     def __init__(self, special: Specials) -> None:
         self.special = special
         self._rules: list[str] = []
+        self._left = MAX_CHARS
         tokens = sorted(special, key=len, reverse=True)
         self._tokens = re.compile(f"({'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
 
@@ -46,8 +52,16 @@ class Grammar:
         return "\n".join([f"start: {' '.join(filter(None, start))}", *self._rules]) + "\n"
 
     def add(self, name: str, *parts: str) -> str:
-        """Adds a rule; its name."""
-        self._rules.append(f"{name}: {' '.join(filter(None, parts))}")
+        """Adds a rule; its name. Raises ``CodedError`` once all of them are too large."""
+        rule = f"{name}: {' '.join(filter(None, parts))}"
+        self._left -= len(rule)
+        if self._left < 0:
+            raise CodedError(
+                ErrorCode.INVALID_VALUE,
+                f"tools: a grammar of their schemas has more than {MAX_CHARS} characters",
+                param="tools",
+            )
+        self._rules.append(rule)
         return name
 
     def text(self, text: str) -> str:

@@ -42,7 +42,22 @@ def test_ids_are_found_in_the_models_folder(tmp_path: Path, model_id: str, place
 
 @pytest.mark.parametrize(
     "model_id",
-    ["nothing", "../outside", "a/../../outside", "", "org/x:", ".", "./here", "here/", "x" * 300],
+    [
+        "nothing",
+        "x:/etc/passwd",
+        "here:",
+        "x:..",
+        "x:a/b",
+        ":here",
+        "../outside",
+        "a/../../outside",
+        "",
+        "org/x:",
+        ".",
+        "./here",
+        "here/",
+        "x" * 300,
+    ],
 )
 def test_other_ids_are_not_found(tmp_path: Path, model_id: str) -> None:
     (tmp_path / "outside.gguf").touch()
@@ -74,7 +89,7 @@ def test_the_hubs_cache_comes_after_the_models_folder(tmp_path: Path) -> None:
     models_dir = tmp_path / "models"
     assert find("org/name", models_dir, tmp_path / "hub") == snapshot
     assert find("org/name:q4", models_dir, tmp_path / "hub") == snapshot / "q4.gguf"
-    for missing in ("org/name:q8", "org/other"):
+    for missing in ("org/name:q8", "org/other", "org--name", "org/name:../q4", "x:/q4"):
         with pytest.raises(CodedError):
             find(missing, models_dir, tmp_path / "hub")
     (models_dir / "org" / "name").mkdir(parents=True)

@@ -25,7 +25,7 @@ def tensor(*shape: int, end: int = 0) -> dict[str, object]:
 def test_a_good_file(tmp_path: Path) -> None:
     header = {"a": tensor(2, 3, end=24), "b": tensor(end=4), "__metadata__": {"format": "mlx"}}
     found = read_header(write(tmp_path / "x", header, 24))
-    assert found.names == {"a", "b"}
+    assert found.elements == {"a": 6, "b": 1}
     assert found.parameters(None) == 7
 
 

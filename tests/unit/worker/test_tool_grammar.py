@@ -302,6 +302,17 @@ def test_values_in_gemmas_notation(arguments: str, value: object) -> None:
         assert json.loads("".join(piece.arguments for piece in rest) or "{}") == value
 
 
+def test_schemas_do_not_grow_without_bound() -> None:
+    levels = {
+        f"L{n}": {"properties": {key: {"$ref": f"#/$defs/L{n + 1}"} for key in "abcdefgh"}}
+        for n in range(9)
+    }
+    defs = {name: {"type": "object", **level} for name, level in levels.items()} | {"L9": {}}
+    tool = Tool("f", parameters={"properties": {"a": {"$ref": "#/$defs/L0"}}, "$defs": defs})
+    with pytest.raises(CodedError, match="characters"):
+        call_grammar(FORMATS["gemma4"], [tool], parallel=True)
+
+
 LOOP = {"$ref": "#/$defs/Loop"}
 
 
