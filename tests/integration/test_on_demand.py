@@ -172,7 +172,7 @@ def test_idle_models_leave_and_come_back(tmp_path: Path, models_dir: Path) -> No
         assert server.chat("talker").status_code == 200
         pid = server.model("talker")["pid"]
         await_left(server, "talker")
-        assert "was idle" in server.text
+        server.await_text("was idle")
         assert server.chat("talker").status_code == 200
         assert server.model("talker")["pid"] != pid
         # What has something to do is not idle, however long that takes.

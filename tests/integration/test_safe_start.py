@@ -23,7 +23,7 @@ def test_after_three_deaths_the_models_are_left_alone(tmp_path: Path) -> None:
         assert server.http.get("/admin/models").json()["models"] == []
         assert server.load("m", path=str(model)).status_code == 200
         assert server.http.get("/readyz").status_code == 200
-        assert "m failed to load: safe start" in server.text
+        server.await_text("m failed to load: safe start")
     # It was stopped as it should be.
     with serve(home, f"--model={model}") as server:
         server.await_tracked("m")

@@ -79,7 +79,7 @@ def test_a_home_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (home / "incidents").write_text("a file in the place of the folder")
     write_script(tmp_path, "model")
     with serve(home, "--models-dir", str(tmp_path)) as server:
-        assert "will be forgotten" in server.text
+        server.await_text("will be forgotten")
         assert server.load("model").status_code == 200
         server.kill_worker("model")
         server.await_state("model", "routable", generation=2)

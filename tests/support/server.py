@@ -82,6 +82,13 @@ class Server:
                 return view
         raise AssertionError(f"{model_id} is not {state}: {view}\n{self.text}")
 
+    def await_text(self, part: str) -> None:
+        """Poll until it was printed: what a server says arrives after what it answers."""
+        for _ in polls(10):
+            if part in self.text:
+                return
+        raise AssertionError(f"{part!r} is never printed:\n{self.text}")
+
     def chat(self, model_id: str, content: str = "Hi", **options: object) -> httpx.Response:
         return self.http.post(
             "/v1/chat/completions",
