@@ -81,8 +81,12 @@ class Catalog:
     def available(self, installed: Mapping[str, str | None]) -> list[AvailableModel]:
         """In the order of ids. Reads every header: milliseconds for each model."""
         places: dict[str, Place] = {}
+        paths: set[Path] = set()
         for place in self._places(simulated=installed.get("simulated") is not None):
-            places.setdefault(place.model_id, place)
+            # Under another name it would be the same weights again.
+            if place.model_id not in places and place.path not in paths:
+                places[place.model_id] = place
+                paths.add(place.path)
         found: dict[str, tuple[AvailableModel, ModelFiles | None]] = {}
         for model_id in sorted(places):
             found[model_id] = self._describe(places[model_id], installed)

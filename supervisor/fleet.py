@@ -183,7 +183,9 @@ class Fleet:
             return
         try:
             if model_id not in self._last_loads:
-                await self._gate.locate(spec)
+                path = await self._gate.locate(spec)
+                if any(other.spec.files.path == path for other in self._actors.values()):
+                    return  # by another name it is loaded already
             await self._admit(spec)
         except CodedError as error:
             if error.code is not ErrorCode.MODEL_NOT_FOUND:

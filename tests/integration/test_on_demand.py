@@ -132,12 +132,13 @@ def test_an_inquiry_loads_a_model_too(server: Server) -> None:
 def test_a_model_comes_back_as_it_was_loaded(tmp_path: Path, tiny_gguf: Path) -> None:
     elsewhere = shutil.copy(tiny_gguf, tmp_path / "elsewhere.gguf")
     on = {"OPTA_LMX_LOAD_ON_DEMAND": "true", **FAST}
-    with serve(tmp_path / "home", **on) as server:
+    with serve(tmp_path / "home", "--models-dir", str(tmp_path), **on) as server:
         options = {"path": str(elsewhere), "context_length": 512, "keep_alive_sec": 1}
         assert server.load("mine", **options).status_code == 200
         await_left(server, "mine")
         assert server.chat("mine", max_tokens=2).status_code == 200
         assert server.model("mine")["context_length"] == 512
+        assert code_of(server.chat("elsewhere")) == (404, "model_not_found")
         server.http.post("/admin/models/unload", json={"model_id": "mine"})
         assert code_of(server.chat("mine")) == (404, "model_not_found")
 
@@ -164,7 +165,7 @@ def test_a_request_that_is_given_up_leaves_the_load_alone(tmp_path: Path, models
 
 def test_idle_models_leave_and_come_back(tmp_path: Path, models_dir: Path) -> None:
     config = tmp_path / "config.toml"
-    kept = {"id": "kept", "path": str(models_dir / "talker.sim.json"), "keep_alive_sec": 0}
+    kept = {"id": "kept", "path": str(models_dir / "secret.sim.json"), "keep_alive_sec": 0}
     lines = [f"{name} = {json.dumps(value)}" for name, value in kept.items()]
     config.write_text("keep_alive_sec = 1\nload_on_demand = true\n[[models]]\n" + "\n".join(lines))
     folder = ("--models-dir", str(models_dir))

@@ -93,6 +93,15 @@ def test_every_place_and_what_is_there(models_dir: Path, tiny_gguf: Path, tiny_m
     assert "echo" in available(models_dir, {**INSTALLED, "simulated": "1"})
 
 
+def test_a_configured_model_of_the_models_folder_is_listed_once(
+    models_dir: Path, tiny_gguf: Path
+) -> None:
+    path = shutil.copy(tiny_gguf, models_dir / "file.gguf")
+    assert list(available(models_dir, configured={"mine": ModelSetting(path=str(path))})) == [
+        "mine"
+    ]
+
+
 def test_what_is_damaged_is_listed_with_what_is_wrong(models_dir: Path, tiny_gguf: Path) -> None:
     (models_dir / "cut.gguf").write_bytes(tiny_gguf.read_bytes()[:1000])
     (models_dir / "folder").mkdir()
