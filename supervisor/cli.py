@@ -7,10 +7,10 @@ Only typer is imported here: each command imports what it needs, so that
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -42,6 +42,7 @@ ApiKey = Annotated[
     str | None,
     typer.Option(envvar="OPTA_LMX_API_KEY", show_envvar=True, help="Opens /v1."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="As the server says it.")]
 ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="The model's id.")]
 
 
@@ -153,38 +154,26 @@ def serve(
 def ps(
     url: Url = None,
     admin_key: AdminKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As the server says it.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the models and how they are."""
     from supervisor.client import MODEL_COLUMNS, model_cells
 
     with _connected(url, admin_key=admin_key) as client:
-        models = client.models()
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(models, indent=2))
-        return
-    print_table(MODEL_COLUMNS, map(model_cells, models))
+        _show(client.models(), MODEL_COLUMNS, model_cells, as_json=as_json)
 
 
 @app.command()
 def models(
     url: Url = None,
     admin_key: AdminKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As the server says it.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the models on the server's machine, loaded or not."""
     from supervisor.client import AVAILABLE_COLUMNS, available_cells
 
     with _connected(url, admin_key=admin_key) as client:
-        found = client.available()
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(found, indent=2))
-        return
-    print_table(AVAILABLE_COLUMNS, map(available_cells, found))
+        _show(client.available(), AVAILABLE_COLUMNS, available_cells, as_json=as_json)
 
 
 @app.command()
@@ -321,6 +310,22 @@ def _connected(
             yield client
     except ClientError as error:
         _fail(str(error))
+
+
+def _show(
+    found: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    cells: Callable[[Mapping[str, Any]], Sequence[str]],
+    *,
+    as_json: bool,
+) -> None:
+    """What the server has told, as a table or as it is."""
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found, indent=2))
+        return
+    print_table(columns, map(cells, found))
 
 
 def _text(path: Path | None) -> str | None:
