@@ -30,6 +30,17 @@ class ErrorCode(StrEnum):
     MODEL_LOADER_CRASHED = "model_loader_crashed"
     MODEL_UNLOADED = "model_unloaded"
     MODEL_CONFLICT = "model_conflict"
+    INSUFFICIENT_MEMORY = "insufficient_memory"
+
+    # Getting a model from the hub.
+    DOWNLOADS_DISABLED = "downloads_disabled"
+    DOWNLOAD_FAILED = "download_failed"
+    DOWNLOAD_CANCELLED = "download_cancelled"
+    DOWNLOAD_NOT_FOUND = "download_not_found"
+    INVALID_CONFIRMATION = "invalid_confirmation_token"
+    HUB_ACCESS_DENIED = "hub_access_denied"
+    HUB_UNAVAILABLE = "hub_unavailable"
+    INSUFFICIENT_DISK = "insufficient_disk"
 
     # A request.
     INVALID_JSON = "invalid_json"
