@@ -21,16 +21,22 @@ from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.lifecycle import Command, Event, Readiness, State
 from supervisor.memory import Footprint
+from supervisor.memory_share import MemoryShare
+from supervisor.portrait import portray, resident_gb
 from supervisor.proof import prove
 from supervisor.quarantine import FailureKind, count_in_window
 from supervisor.recorder import Recorder
 from supervisor.requests import RequestTable
 from supervisor.services import Services
 from supervisor.stream import RequestStream
+from supervisor.traffic import Traffic
 from supervisor.views import ModelView, ReadinessView
 from supervisor.waiters import LoadWaiters
 
 log = logging.getLogger(__name__)
+
+#: A model that has been loaded and not been used yet is not unloaded for another until then.
+GRANTED_S = 10.0
 
 
 class Actor:
@@ -47,6 +53,7 @@ class Actor:
             max_stream_buffer_bytes=services.settings.max_stream_buffer_bytes,
             max_inquiries=services.settings.max_queue,
         )
+        self._traffic = Traffic(self._requests)
         self._generation: Generation | None = None
         #: Why the last worker's process is still there, if it is.
         self.left_behind: str | None = None
@@ -55,7 +62,7 @@ class Actor:
         self._timer: asyncio.TimerHandle | None = None
         self._load_waiters = LoadWaiters()
         self._changed = asyncio.Event()
-        self._memory_baseline: int | None = None
+        self._share = MemoryShare(spec, services.lessons)
         self._recorder = Recorder(
             spec,
             registry=services.registry,
@@ -64,8 +71,6 @@ class Actor:
             metrics=services.metrics,
         )
         self._loaded_at: float | None = None
-        self._request_count = 0
-        self._last_used_at: float | None = None
         self._task: asyncio.Task[None] | None = None
 
     # --- for the fleet ---
@@ -84,7 +89,12 @@ class Actor:
         self, code: ErrorCode = ErrorCode.MODEL_UNLOADED, reason: str = "it was unloaded"
     ) -> None:
         """Ask for the end, and tell those who wait why; see ``changed``."""
+        self._traffic.draining = False
         self._apply_or_conflict(lifecycle.UnloadRequested(code, reason))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests until ``unload``, and wait for the end of those that run."""
+        await self._traffic.drain(timeout_s, self._is_routable)
 
     def abandon(self) -> None:
         """End the task of a model whose worker is gone, without another transition."""
@@ -114,9 +124,35 @@ class Actor:
         """Wait for the next transition."""
         await self._changed.wait()
 
+    async def left(self) -> None:
+        """Wait for the end of a worker that is being brought down, if it is, and stays so."""
+        while self.ending:
+            await self.changed()
+
     @property
     def tracked(self) -> bool:
         return self._state is not None
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing runs for the model any more: it is quarantined."""
+        return self._state is not None and self._state.readiness is Readiness.QUARANTINED
+
+    @property
+    def stays(self) -> bool:
+        """Whether it runs, or is about to, and nobody has asked for its end."""
+        return self.tracked and not (self.rests or self.leaving)
+
+    @property
+    def ending(self) -> bool:
+        """Whether its worker is being brought down, with nothing to come after it."""
+        state = self._state
+        return state is not None and (state.unloading or (self.rests and state.worker_alive))
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is on its way out: its requests may still be running."""
+        return self.ending or (self._traffic.draining and self.tracked)
 
     @property
     def state(self) -> State:
@@ -131,18 +167,16 @@ class Actor:
         """See ``Fleet.submit``."""
         self._require_usable()
         limit = 1 if self.state.probation else self._services.settings.max_queue
-        stream = self._requests.open(request, limit=limit, streaming=streaming)
-        self._request_count += 1
-        self._last_used_at = time.time()
-        return stream
+        return self._traffic.submit(request, limit=limit, streaming=streaming)
 
     async def ask(self, inquiry: Inquiry) -> InquiryAnswer:
         """See ``Fleet.tokenize``."""
         self._require_usable()
-        self._last_used_at = time.time()
-        return await self._requests.ask(inquiry)
+        return await self._traffic.ask(inquiry)
 
     def _require_usable(self) -> None:
+        if self._traffic.draining:
+            raise status.being_unloaded(self.spec.model_id)
         status.require_routable(
             self.spec.model_id,
             self.state,
@@ -153,40 +187,42 @@ class Actor:
     def idle_s(self) -> float | None:
         """Seconds without anything to do; None while there is, or it takes no traffic, or has
         to prove itself."""
+        if not self._is_routable() or self.state.probation:
+            return None
+        return self._traffic.idle_s()
+
+    def _is_routable(self) -> bool:
         state = self._state
-        if state is None or state.readiness is not Readiness.ROUTABLE:
+        return state is not None and state.readiness is Readiness.ROUTABLE and not self.ending
+
+    @property
+    def evictable_s(self) -> float | None:
+        """``idle_s`` of a model that may be unloaded for another; else None."""
+        idle_s = self.idle_s()
+        if idle_s is None or self.spec.pinned or self.spec.keep_alive_sec == 0:
             return None
-        if state.unloading or state.probation:
-            return None
-        return None if self._requests.busy else time.monotonic() - self._requests.idle_since
+        # Whoever asked for it has a moment to use it.
+        just_granted = self._traffic.count == 0 and idle_s < GRANTED_S
+        return None if just_granted else idle_s
+
+    @property
+    def promised(self) -> int:
+        """Bytes that it may take, with what may still come."""
+        if self._state is None or (self.rests and not self._state.worker_alive):
+            return 0
+        return self._share.promised
 
     def view(self) -> ModelView:
         """Raises ``model_not_found`` once the model is not tracked any more."""
-        spec, state, generation = self.spec, self.state, self._generation
-        model = generation.model if generation is not None else None
-        in_hand = len(self._requests)
-        # The worker fills its slots with what it has got.
-        in_flight = min(self._requests.sent(), model.max_sequences) if model is not None else 0
-        return ModelView(
-            id=spec.model_id,
-            path=str(spec.files.path),
-            backend=spec.backend,
-            backend_version=spec.backend_version,
-            pid=self.worker[1] if self.worker is not None else None,
-            generation=state.generation,
+        return portray(
+            self.spec,
+            self.state,
+            self._generation,
+            self._traffic,
             readiness=self.readiness(),
-            unloading=state.unloading,
-            memory_gb=self.memory_gb(),
-            memory_planned_gb=spec.files.size_bytes / 1e9,
+            leaving=self.leaving,
             loaded_at=self._loaded_at,
-            context_length=model.context_length if model is not None else spec.context_length,
-            request_count=self._request_count,
-            in_flight=in_flight,
-            queued=in_hand - in_flight,
-            last_used_at=self._last_used_at,
-            keep_alive_sec=spec.keep_alive_sec,
             last_incident_id=self._recorder.last_incident_id,
-            **status.model_traits(model),
         )
 
     def readiness(self) -> ReadinessView:
@@ -195,7 +231,7 @@ class Actor:
 
     def memory_gb(self) -> float | None:
         """Resident memory of the worker in GB (1e9 bytes); None without a worker."""
-        return None if self._generation is None else status.resident_gb(self._generation.pid)
+        return None if self._generation is None else resident_gb(self._generation.pid)
 
     @property
     def dying(self) -> bool:
@@ -215,16 +251,7 @@ class Actor:
         if self._generation is None or self._generation.number != generation:
             return None
         self._generation.case.sample(size)
-        if self._memory_baseline is None and self._loaded_at is not None:
-            self._memory_baseline = size
-        return Footprint(
-            model_id=self.spec.model_id,
-            generation=generation,
-            size=size,
-            # While it loads, its weights are what it may well hold.
-            baseline=self._memory_baseline or self.spec.files.size_bytes,
-            limit=self.spec.memory_limit_bytes,
-        )
+        return self._share.measured(generation, size)
 
     def fail(self, generation: int, kind: FailureKind, reason: str) -> None:
         """Somebody outside found the worker to be failing."""
@@ -309,6 +336,7 @@ class Actor:
                 self._post_later(command.after_s, lifecycle.ProbationServed(command.generation))
             case lifecycle.OpenTraffic():
                 self._loaded_at = time.time()
+                self._share.loaded()
                 if self._generation is not None:
                     self._generation.case.note("routable")
                 self._requests.resume()
@@ -342,7 +370,7 @@ class Actor:
 
     def _spawn(self, number: int) -> None:
         self._loaded_at = None
-        self._memory_baseline = None
+        self._share.spawned()
         try:
             generation = Generation(
                 number,

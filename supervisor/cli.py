@@ -184,6 +184,9 @@ def load(
     allow_unsupported_runtime: Annotated[
         bool, typer.Option("--allow-unsupported-runtime", help="Load on probation.")
     ] = False,
+    pinned: Annotated[
+        bool, typer.Option("--pinned", help="Never unload it for another model, nor when idle.")
+    ] = False,
     wait: Annotated[bool, typer.Option(help="Until it can be used.")] = True,
     url: Url = None,
     admin_key: AdminKey = None,
@@ -201,6 +204,7 @@ def load(
         "backend": backend,
         "context_length": context_length,
         "allow_unsupported_runtime": allow_unsupported_runtime,
+        "pinned": pinned,
         "wait": wait,
     }
     if wait:
@@ -217,10 +221,18 @@ def load(
 
 
 @app.command()
-def unload(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
-    """Stop a model's worker."""
+def unload(
+    model: ModelId,
+    now: Annotated[
+        bool, typer.Option("--now", help="Do not wait for requests that are running.")
+    ] = False,
+    url: Url = None,
+    admin_key: AdminKey = None,
+) -> None:
+    """Stop a model's worker, once its running requests have ended."""
+    body = {"model_id": model, "drain_timeout_sec": 0 if now else None}
     with _connected(url, admin_key=admin_key) as client:
-        result = client.admin("POST", "/admin/models/unload", {"model_id": model})
+        result = client.admin("POST", "/admin/models/unload", body)
     typer.echo(f"{result['model_id']} unloaded")
 
 

@@ -192,7 +192,7 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
     for name in ("max_body_bytes", "max_queue", "max_stream_buffer_bytes", "max_sequences"):
         require(name, getattr(settings, name) >= 1, "at least 1")
     require("failure_threshold", settings.failure_threshold >= 1, "at least 1")
-    for name in ("threads", "context_length"):
+    for name in ("threads", "context_length", "memory_budget_bytes"):
         value = getattr(settings, name)
         require(name, value is None or value >= 1, "at least 1")
     for name in ("prompt_cache_bytes", "keep_alive_sec"):

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,8 +23,8 @@ from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.idle_watch import IdleWatch
 from supervisor.ids import complaint_about_id
 from supervisor.incidents import Incident
-from supervisor.lifecycle import Readiness
 from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
+from supervisor.memory_room import MemoryRoom, Preview
 from supervisor.memory_watch import MemoryWatch
 from supervisor.metrics import Metrics
 from supervisor.quarantine import release
@@ -78,6 +79,7 @@ class Fleet:
         )
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
+        self._room = MemoryRoom(self._actors, settings, services.lessons)
         #: How what is loaded, or was until it was idle, was asked for.
         self._last_loads: dict[str, LoadSpec] = {}
         #: Ids whose loads are being looked at, with their number.
@@ -171,7 +173,7 @@ class Fleet:
         actor = self._actors.get(model_id)
         if (
             not self._services.settings.load_on_demand
-            or (actor is not None and not _is_leaving(actor))
+            or (actor is not None and not actor.leaving)
             or self._resting.view(model_id) is not None
             or Path(model_id).is_absolute()
         ):
@@ -236,16 +238,24 @@ class Fleet:
             readiness=readiness,
         )
 
-    async def unload(self, model_id: str) -> None:
-        """Stop the worker and wait for it to be gone. Raises ``model_not_found``, and
-        ``internal_error`` when the model is gone, but its process cannot be killed."""
+    async def plan(self, spec: LoadSpec) -> Preview:
+        """What a load would do to the memory. Raises ``CodedError`` as the gate does."""
+        return await self._room.preview(await self._gate.admit(spec), may_evict=spec.may_evict)
+
+    async def unload(self, model_id: str, drain_s: float | None = None) -> None:
+        """Stop the worker and wait for it to be gone, with all that runs, or after ``drain_s``.
+
+        None: as long as the settings say. Raises ``model_not_found``, and
+        ``internal_error`` when the model is gone, but its process cannot be killed.
+        """
         if model_id not in self._actors and self._resting.view(model_id) is not None:
             return  # Nothing runs, and the quarantine stays.
         actor = self._actor(model_id)
         self._last_loads.pop(model_id, None)
-        actor.unload()
-        while actor.tracked and actor.state.unloading:
-            await actor.changed()
+        await actor.drain(self._services.settings.unload_drain_s if drain_s is None else drain_s)
+        if actor.tracked:
+            actor.unload()
+        await actor.left()
         if actor.left_behind is not None:
             raise CodedError(
                 ErrorCode.INTERNAL_ERROR, f"model {model_id!r} is unloaded, but {actor.left_behind}"
@@ -299,8 +309,7 @@ class Fleet:
             for actor in list(self._actors.values()):
                 actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
             for actor in list(self._actors.values()):
-                while actor.tracked and actor.state.unloading:
-                    await actor.changed()
+                await actor.left()
                 await actor.close()
             if self._janitor is not None:
                 self._janitor.dismiss()
@@ -333,25 +342,32 @@ class Fleet:
             while True:
                 await self._settled(model_id)
                 actor = self._actors.get(model_id)
-                if actor is not None and not _rests(actor):
+                if actor is not None and not actor.rests:
                     await self._gate.check_same(actor.spec, spec)
                     same = self._actors.get(model_id) is actor
-                    if same and not _rests(actor) and not _is_leaving(actor):
+                    if same and actor.stays:
                         return actor
                     continue
                 model = await self._gate.admit(spec)
-                if self._stopping is not None:
-                    raise CodedError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-                # Nothing waits from here on: what is found now is what is used.
-                if self._actors.get(model_id) is actor and (
-                    actor is None or (_rests(actor) and not _is_leaving(actor))
-                ):
-                    return self._wake(actor, model, spec)
+                async with self._room.turn:
+                    if not self._is_free(model_id, actor):
+                        continue
+                    plan = await self._room.make(model, may_evict=spec.may_evict)
+                    # Nothing waits from here on: what is found now is what is used.
+                    if self._is_free(model_id, actor):
+                        return self._wake(actor, replace(model, plan=plan), spec)
         except CodedError as error:
             log.warning("%s: load refused: %s (%s)", model_id, error.message, error.code)
             raise
         finally:
             self._leave_gate(model_id)
+
+    def _is_free(self, model_id: str, actor: Actor | None) -> bool:
+        """Whether the model may be given a worker, as when ``actor`` was what there was."""
+        if self._stopping is not None:
+            raise CodedError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+        same = self._actors.get(model_id) is actor
+        return same and (actor is None or (actor.rests and not actor.leaving))
 
     def _leave_gate(self, model_id: str) -> None:
         self._at_gate[model_id] -= 1
@@ -360,7 +376,7 @@ class Fleet:
 
     async def _settled(self, model_id: str) -> None:
         """Wait until the model is not on its way out."""
-        while (actor := self._actors.get(model_id)) is not None and _is_leaving(actor):
+        while (actor := self._actors.get(model_id)) is not None and actor.leaving:
             await actor.changed()
 
     def _wake(self, actor: Actor | None, model: ModelSpec, spec: LoadSpec) -> Actor:
@@ -387,16 +403,6 @@ class Fleet:
         actor = Actor(model, self._services, on_gone=forget)
         self._actors[model_id] = actor
         actor.start(probation=spec.allow_unsupported_runtime)
-        if _rests(actor):
+        if actor.rests:
             raise actor.unstable()
         return actor
-
-
-def _is_leaving(actor: Actor) -> bool:
-    """Whether its worker is on the way out, with nothing to come after it."""
-    return actor.state.unloading or (_rests(actor) and actor.state.worker_alive)
-
-
-def _rests(actor: Actor) -> bool:
-    """Whether nothing runs for the model any more: it is quarantined."""
-    return actor.state.readiness is Readiness.QUARANTINED

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -21,6 +22,7 @@ _RUSAGE_INFO_V0 = 0
 _RUSAGE_FIELDS = 12
 _PHYS_FOOTPRINT_FIELD = 9
 
+_LARGE_MAC_BYTES = 36 * 1024**3
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -75,8 +77,22 @@ class FootprintMeter:
             return None
 
 
+class Usage(NamedTuple):
+    """Bytes of a process. ``mapped``: of the total, what is mapped from files; 0 where the
+    total is without it."""
+
+    total: int
+    mapped: int
+
+
 def footprint_bytes(pid: int) -> int | None:
-    """Memory that would be free without the process, or None once it is gone.
+    """Memory that would be free without the process, or None once it is gone; see ``usage_of``."""
+    usage = usage_of(pid)
+    return None if usage is None else usage.total
+
+
+def usage_of(pid: int) -> Usage | None:
+    """What a process takes, or None once it is gone.
 
     Linux: the proportional set size, which splits shared pages among their users;
     macOS: the physical footprint, which is what its memory pressure goes by.
@@ -86,10 +102,28 @@ def footprint_bytes(pid: int) -> int | None:
         if _PLATFORM == "linux":
             return _pss(pid)
         if _PLATFORM == "darwin":
-            return _phys_footprint(pid)
-        return int(psutil.Process(pid).memory_info().rss)
+            return Usage(_phys_footprint(pid), 0)
+        return Usage(int(psutil.Process(pid).memory_info().rss), 0)
     except (psutil.Error, OSError):
         return None
+
+
+def total_bytes() -> int:
+    """Physical memory of the host."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu_limit_bytes() -> int | None:
+    """What Metal lets all processes have together, as far as it is known; elsewhere None.
+
+    ``iogpu.wired_limit_mb`` is what an operator has set; without it the system keeps a
+    third of the memory of small machines, and a quarter of that of large ones.
+    """
+    if _PLATFORM != "darwin":
+        return None
+    total = total_bytes()
+    limit = _sysctl_number("iogpu.wired_limit_mb") * 1024 * 1024
+    return limit or (total * 2 // 3 if total <= _LARGE_MAC_BYTES else total * 3 // 4)
 
 
 def available_bytes() -> int:
@@ -105,11 +139,24 @@ def available_bytes() -> int:
     return min(available, max(0, limit - used + _page_cache(folder)))
 
 
-def _pss(pid: int) -> int:
+def _pss(pid: int) -> Usage:
+    found = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process(pid).memory_info().rss)
+        name, _, value = line.partition(":")
+        if name in {"Pss", "Pss_File"}:
+            found[name] = int(value.split()[0]) * 1024
+    if "Pss" not in found:
+        return Usage(int(psutil.Process(pid).memory_info().rss), 0)
+    return Usage(found["Pss"], found.get("Pss_File", 0))
+
+
+def _sysctl_number(name: str) -> int:
+    """A number of the system's; 0 where there is none of the name."""
+    value = ctypes.c_int64(0)
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    libc = ctypes.CDLL(None)
+    failed = libc.sysctlbyname(name.encode(), ctypes.byref(value), ctypes.byref(size), None, 0)
+    return 0 if failed else max(0, value.value)
 
 
 def _phys_footprint(pid: int) -> int:

@@ -14,6 +14,7 @@ from supervisor import admission, compatibility, modelfiles
 from supervisor.accounts import AccountKey
 from supervisor.admission import BlockRule
 from supervisor.catalog import AvailableModel, Catalog, hub_cache_dir
+from supervisor.memory_plan import MemoryPlan
 from supervisor.modelfiles import ModelFiles
 from supervisor.registry import Registry
 from supervisor.runtimes import installed_backends
@@ -34,11 +35,17 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int | None = None
     tool_format: str | None = None
     draft_model: str | None = None
+    pinned: bool = False
+    #: Whether idle models may be unloaded for it.
+    may_evict: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What to run, as the gate decided it."""
+    """What to run, as the gate decided it. ``draft_bytes`` is the size of the draft model.
+
+    ``plan`` is set once there is room for it.
+    """
 
     model_id: str
     files: ModelFiles
@@ -49,6 +56,9 @@ class ModelSpec:
     memory_limit_bytes: int | None
     tool_format: str | None = None
     draft_path: Path | None = None
+    draft_bytes: int = 0
+    pinned: bool = False
+    plan: MemoryPlan | None = None
 
     @property
     def account_key(self) -> AccountKey:
@@ -72,8 +82,8 @@ class Gate:
 
     @property
     def configured(self) -> list[LoadSpec]:
-        """The loads the settings ask for."""
-        return [LoadSpec(model_id=model_id) for model_id in self._configured]
+        """The loads the settings ask for: none of them is to cost another."""
+        return [LoadSpec(model_id=model_id, may_evict=False) for model_id in self._configured]
 
     def id_of(self, spec: LoadSpec) -> str:
         """The id a load is about: that of its file, if it names one by an absolute path."""
@@ -130,6 +140,7 @@ class Gate:
                 self._record(refusal, model_id, files, requested or likely, installed)
             raise
         keep_alive = spec.keep_alive_sec
+        draft_path = await self.find_draft(spec.draft_model or configured.draft_model)
         return ModelSpec(
             model_id=model_id,
             files=files,
@@ -143,7 +154,9 @@ class Gate:
                 configured.memory_limit_bytes or self._settings.worker_memory_limit_bytes
             ),
             tool_format=spec.tool_format or configured.tool_format,
-            draft_path=await self.find_draft(spec.draft_model or configured.draft_model),
+            draft_path=draft_path,
+            draft_bytes=await asyncio.to_thread(_size_of, draft_path),
+            pinned=spec.pinned or configured.pinned,
         )
 
     async def check_same(self, running: ModelSpec, spec: LoadSpec) -> None:
@@ -209,6 +222,14 @@ class Gate:
 
 def _likely_backend(path: Path) -> str:
     return admission.BACKENDS_BY_FORMAT[modelfiles.format_of(path)][0]
+
+
+def _size_of(draft: Path | None) -> int:
+    """0 for what cannot be read: the worker says what is wrong with it."""
+    try:
+        return 0 if draft is None else modelfiles.inspect(draft).size_bytes
+    except CodedError:
+        return 0
 
 
 def _absolute(path: str) -> Path:

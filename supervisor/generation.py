@@ -271,14 +271,17 @@ class Generation:
             self._post(LoadRefused(self.number, ErrorCode.MODEL_CONFLICT, reason))
             return
         self._watchdog.enter(Phase.LOAD, time.monotonic())
-        draft = self._spec.draft_path
+        draft, plan = self._spec.draft_path, self._spec.plan
+        kept = self._settings.prompt_cache_bytes
         self.send(
             Load(
                 path=str(self._spec.files.path),
                 context_length=self._spec.context_length,
                 max_sequences=self._settings.max_sequences,
                 threads=self._settings.threads,
-                prompt_cache_bytes=self._settings.prompt_cache_bytes,
+                prompt_cache_bytes=(
+                    plan.prompt_cache_bytes if kept is None and plan is not None else kept
+                ),
                 draft_tokens=self._settings.draft_tokens,
                 draft_path=None if draft is None else str(draft),
                 tool_format=self._spec.tool_format,

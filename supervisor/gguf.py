@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +22,8 @@ DEFAULT_ALIGNMENT = 32
 MAX_TENSORS = 1_000_000
 MAX_KEYS = 100_000
 MAX_ARRAY_STRINGS = 2_000_000
+#: Numbers that are kept of an array: one for each layer.
+_MAX_KEPT = 4096
 
 #: Of all texts that are kept: the longest, a chat template, has some 100 kB.
 MAX_TEXT_BYTES = 16 * 1024 * 1024
@@ -67,14 +69,15 @@ class GgufHeader:
     """What the file says of itself.
 
     ``quantization`` is empty when it does not say. ``values`` are its texts and whole
-    numbers by key, ``lengths`` those of its arrays. ``parameters`` are the elements of all
-    tensors in this file.
+    numbers by key, ``lengths`` those of its arrays, ``arrays`` the short ones of whole
+    numbers. ``parameters`` are the elements of all tensors in this file.
     """
 
     architecture: str
     quantization: str
     values: Mapping[str, str | int]
     lengths: Mapping[str, int]
+    arrays: Mapping[str, Sequence[int]]
     parameters: int
 
     def number(self, key: str) -> int | None:
@@ -166,11 +169,14 @@ def _parse(cursor: _Cursor, file_size: int, path: Path) -> GgufHeader:
         raise _Malformed(f"its header claims {tensors} tensors and {keys} keys")
     values: dict[str, str | int] = {}
     lengths: dict[str, int] = {}
+    arrays: dict[str, Sequence[int]] = {}
     for _ in range(keys):
         key = cursor.text()
         kind = cursor.number(_U32)
         if kind == _ARRAY:
-            lengths[key] = _skip_array(cursor)
+            lengths[key], numbers = _read_array(cursor)
+            if numbers:
+                arrays[key] = numbers
         elif (value := _read_value(cursor, kind)) is not None:
             values[key] = value
     alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -183,6 +189,7 @@ def _parse(cursor: _Cursor, file_size: int, path: Path) -> GgufHeader:
         quantization=_FILE_TYPES.get(file_type, "") if isinstance(file_type, int) else "",
         values=values,
         lengths=lengths,
+        arrays=arrays,
         parameters=parameters,
     )
 
@@ -199,8 +206,11 @@ def _read_value(cursor: _Cursor, kind: int) -> str | int | None:
     raise _Malformed(f"its header has a value of unknown type {kind}")
 
 
-def _skip_array(cursor: _Cursor) -> int:
+def _read_array(cursor: _Cursor) -> tuple[int, Sequence[int]]:
+    """Its length; and its values, if they are whole numbers and not many."""
     item_kind, length = cursor.number(_U32), cursor.number(_U64)
+    if item_kind in _INTEGERS and length <= _MAX_KEPT:
+        return length, [cursor.number(_INTEGERS[item_kind]) for _ in range(length)]
     if item_kind in _SIZES:
         cursor.skip(_SIZES[item_kind] * length)
     elif item_kind == _STRING and length <= MAX_ARRAY_STRINGS:
@@ -208,7 +218,7 @@ def _skip_array(cursor: _Cursor) -> int:
             cursor.skip(cursor.number(_U64))
     else:
         raise _Malformed(f"its header has an array of {length} values of type {item_kind}")
-    return length
+    return length, ()
 
 
 def _check_tensors(cursor: _Cursor, tensors: int, alignment: int, file_size: int) -> int:

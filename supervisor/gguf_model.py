@@ -7,6 +7,7 @@ from pathlib import Path
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import ModelKind
+from supervisor import geometry
 from supervisor.gguf import GgufHeader, read_header
 from supervisor.traits import Traits, incomplete
 
@@ -95,6 +96,7 @@ def _traits(path: Path, headers: list[GgufHeader]) -> Traits:
         context_length=header.number("context_length"),
         kind=_kind(header),
         has_chat_template="tokenizer.chat_template" in header.values,
+        geometry=geometry.of_gguf(header),
     )
 
 

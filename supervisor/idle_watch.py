@@ -36,7 +36,7 @@ class IdleWatch:
         own = actor.spec.keep_alive_sec
         keep_s = self._keep_alive_sec if own is None else own
         idle_s = actor.idle_s()
-        if not keep_s or idle_s is None or idle_s < keep_s:
+        if not keep_s or actor.spec.pinned or idle_s is None or idle_s < keep_s:
             return
         log.info("%s: unloaded, as it was idle for %.0f s", actor.spec.model_id, idle_s)
         try:

@@ -3,13 +3,14 @@ missing. Reads headers and small JSON files only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
 
 from protocol.messages import ModelKind
+from supervisor import geometry
 from supervisor.safetensors import Damaged, read_header
 from supervisor.traits import Traits, incomplete
 
@@ -26,6 +27,8 @@ _MAX_SHARDS = 1000
 _DOWNLOADS = ".cache/huggingface/download"
 _UNFINISHED = "*.incomplete"
 
+#: No model is stretched further.
+_MAX_FACTOR = 1000
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
@@ -64,7 +67,7 @@ def read_model(path: Path) -> tuple[Traits, list[Path]]:
     quantization = config.get("quantization")
     bits = quantization.get("bits") if isinstance(quantization, dict) else None
     bits = bits if isinstance(bits, int) and 0 < bits <= 32 else None
-    parameters = _check_weights(folder, bits)
+    parameters, float_bytes = _check_weights(folder, bits)
     if not any(folder.has(name) for name in TOKENIZERS) and not any(path.glob("*.tiktoken")):
         folder.problems.append(f"no tokenizer is there (one of {', '.join(TOKENIZERS)})")
     if folder.problems:
@@ -76,12 +79,18 @@ def read_model(path: Path) -> tuple[Traits, list[Path]]:
         raise incomplete(path.name, folder.problems)
     # Regular files only: opening a pipe would wait for ever.
     files = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file())
-    return _traits(folder, config, bits, parameters), files
+    traits = replace(
+        _traits(folder, config, bits, parameters),
+        geometry=geometry.of_config(config),
+        float_bytes=float_bytes,
+    )
+    return traits, files
 
 
-def _check_weights(folder: _Folder, bits: int | None) -> int:
-    """The parameters of all shards. What is in which is not compared with the index: that
-    may be older, as it is where none of what it names is there, but other weights are."""
+def _check_weights(folder: _Folder, bits: int | None) -> tuple[int, int]:
+    """The parameters of all shards, and the bytes of a float in them. What is in which is not
+    compared with the index: that may be older, as it is where none of what it names is there,
+    but other weights are."""
     present = sorted(each.name for each in folder.path.glob("*.safetensors"))
     known = len(folder.problems)
     names = _shards(folder) if folder.has(INDEX) else present
@@ -89,16 +98,18 @@ def _check_weights(folder: _Folder, bits: int | None) -> int:
         names = present
     if not names and len(folder.problems) == known:
         folder.problems.append("no weights are there (*.safetensors)")
-    parameters = 0
+    parameters = float_bytes = 0
     for name in names:
         if not folder.has(name):
             folder.problems.append(f"{name} is missing")
             continue
         try:
-            parameters += read_header(folder.path / name).parameters(bits)
+            header = read_header(folder.path / name)
+            parameters += header.parameters(bits)
+            float_bytes = max(float_bytes, header.float_bytes)
         except (Damaged, OSError) as error:
             folder.problems.append(f"{name}: {error}")
-    return parameters
+    return parameters, float_bytes
 
 
 def _shards(folder: _Folder) -> list[str]:
@@ -134,7 +145,17 @@ def _traits(folder: _Folder, config: dict[str, Any], bits: int | None, parameter
 def _context_length(config: dict[str, Any]) -> int | None:
     text = config.get("text_config")
     merged = {**config, **(text if isinstance(text, dict) else {})}
-    return next((value for key in _CONTEXT_KEYS if isinstance(value := merged.get(key), int)), None)
+    lengths = (value for key in _CONTEXT_KEYS if isinstance(value := merged.get(key), int))
+    if (length := next(lengths, None)) is None:
+        return None
+    scaling = merged.get("rope_scaling") or merged.get("rope_parameters")
+    if not isinstance(scaling, dict):
+        return length
+    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    # Configs differ in whether the first number includes the factor.
+    if isinstance(original, int) and isinstance(factor, int | float) and 1 <= factor <= _MAX_FACTOR:
+        return max(length, int(original * factor))
+    return length
 
 
 def _kind(architectures: object) -> ModelKind:

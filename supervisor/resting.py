@@ -72,6 +72,7 @@ class Resting:
             queued=0,
             last_used_at=None,
             keep_alive_sec=None,
+            pinned=False,
             last_incident_id=incidents[0].id if incidents else None,
         )
 

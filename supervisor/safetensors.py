@@ -21,13 +21,15 @@ MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 16
 
 _LENGTH = struct.Struct("<Q")
+_FLOATS = {"F16": 2, "BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """``elements`` of each tensor, by name."""
+    """``elements`` of each tensor, by name. ``float_bytes``: of the numbers that are floats."""
 
     elements: Mapping[str, int]
+    float_bytes: int = 2
 
     def parameters(self, bits: int | None) -> int:
         """How many there are. ``bits``: of those that MLX has packed into words of 32."""
@@ -78,7 +80,10 @@ def read_header(path: Path) -> SafetensorsHeader:
     end = max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if (wanted := _LENGTH.size + length + end) > size:
         raise Damaged(f"it has {size} bytes where its tensors need {wanted}: truncated")
-    return SafetensorsHeader({name: prod(tensor.shape) for name, tensor in tensors.items()})
+    return SafetensorsHeader(
+        {name: prod(tensor.shape) for name, tensor in tensors.items()},
+        float_bytes=max((_FLOATS.get(each.dtype, 0) for each in tensors.values()), default=0) or 2,
+    )
 
 
 def _read(fd: int, size: int) -> bytes:

@@ -11,6 +11,7 @@ from supervisor.channel import SocketFolder
 from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.marks import server_mark
+from supervisor.memory_lessons import MemoryLessons
 from supervisor.metrics import Metrics
 from supervisor.oom_kills import OomKills
 from supervisor.quarantine import Policy
@@ -34,10 +35,11 @@ class Services:
     sockets: SocketFolder
     server_mark: str
     oom_kills: OomKills
+    lessons: MemoryLessons
 
     async def flush(self) -> None:
         """Wait for all that is to be kept to be on disk."""
-        for store in (self.registry, self.accounts, self.incidents, self.ledger):
+        for store in (self.registry, self.accounts, self.incidents, self.ledger, self.lessons):
             await store.flush()
 
     def close(self) -> None:
@@ -70,4 +72,5 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
         sockets=SocketFolder(home),
         server_mark=server_mark(home),
         oom_kills=OomKills(),
+        lessons=MemoryLessons(home),
     )

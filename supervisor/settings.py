@@ -16,6 +16,8 @@ class ModelSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_length: int | None = None
     keep_alive_sec: int | None = None
     memory_limit_bytes: int | None = None
+    #: Never unloaded but by an operator: neither when it is idle nor for another model.
+    pinned: bool = False
     #: How it writes tool calls, where its chat template does not tell; see docs/api.md.
     tool_format: str | None = None
     #: A small model with the same vocabulary that guesses tokens ahead (mlx only).
@@ -53,6 +55,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: ``keep_alive_sec`` comes first.
     keep_alive_sec: int | None = None
 
+    #: How long running requests may go on when their model is to be unloaded.
+    unload_drain_s: float = 30.0
+
     #: Silence on a stream after which something is sent that shows it is alive.
     sse_keepalive_s: float = 5.0
     shutdown_grace_s: float = 5.0
@@ -80,6 +85,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     beat_timeout_s: float = 30.0
     stop_grace_s: float = 5.0
 
+    #: Refuse a load whose planned memory is not there, and unload idle models for it.
+    memory_check: bool = True
+    #: Memory that all workers together may have; None: what the host has.
+    memory_budget_bytes: int | None = None
     #: Memory of one worker beyond which it is stopped; None: no limit of its own.
     worker_memory_limit_bytes: int | None = None
     #: While the host has less than this available, the worker that grew most is stopped.

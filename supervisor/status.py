@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TypedDict
-
-import psutil
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Loaded, ModelKind
 from supervisor.lifecycle import LoadAccepted, Readiness, State, transition
 from supervisor.quarantine import Account, Policy, count_in_window
 from supervisor.views import ReadinessView
@@ -27,29 +23,6 @@ _OF_FAILURES = frozenset(
         ErrorCode.MODEL_LOADER_CRASHED,
     }
 )
-
-
-class ModelTraits(TypedDict, total=False):
-    """Fields of a model's view."""
-
-    kind: str
-    dimensions: int | None
-    has_chat_template: bool
-    tool_format: str | None
-    reasoning_format: str | None
-
-
-def model_traits(model: Loaded | None) -> ModelTraits:
-    """What a model that is loaded can be used for; nothing is known of another."""
-    if model is None:
-        return ModelTraits()
-    return ModelTraits(
-        kind=model.kind.value,
-        dimensions=model.dimensions if model.kind is ModelKind.EMBED else None,
-        has_chat_template=model.has_chat_template,
-        tool_format=model.tool_format or None,
-        reasoning_format=model.reasoning or None,
-    )
 
 
 def readiness_view(state: State, policy: Policy) -> ReadinessView:
@@ -90,7 +63,7 @@ def require_routable(
     if state.readiness is Readiness.QUARANTINED:
         raise unstable(model_id, state.reason, incident_id)
     if state.unloading:
-        raise CodedError(ErrorCode.MODEL_NOT_READY, f"model {model_id!r} is being unloaded")
+        raise being_unloaded(model_id)
     wait_s = 1.0
     if state.retry_at is not None:
         wait_s = max(wait_s, state.retry_at - time.monotonic())
@@ -100,6 +73,11 @@ def require_routable(
         retry_after_s=wait_s,
         details=_evidence(state.code, incident_id),
     )
+
+
+def being_unloaded(model_id: str) -> CodedError:
+    """The refusal of a model that is on its way out."""
+    return CodedError(ErrorCode.MODEL_NOT_READY, f"model {model_id!r} is being unloaded")
 
 
 def unstable(model_id: str, reason: str, incident_id: str | None) -> CodedError:
@@ -130,11 +108,3 @@ def log_transition(model_id: str, before: State | None, after: State | None) -> 
         bad = after.readiness is Readiness.QUARANTINED or after.failed
         level = logging.WARNING if bad else logging.INFO
         log.log(level, "%s: %s -> %s (%s)", model_id, old, after.readiness, after.reason)
-
-
-def resident_gb(pid: int) -> float | None:
-    """Resident memory of a process in GB (1e9 bytes); None once it is gone."""
-    try:
-        return float(psutil.Process(pid).memory_info().rss) / 1e9
-    except (psutil.Error, OSError):
-        return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import ModelKind
+from supervisor.geometry import UNKNOWN, Geometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +14,7 @@ class Traits:
     """``quantization`` is empty where the weights are as trained, or nothing says so.
 
     ``context_length``: tokens it was trained for; None where nothing says so.
+    ``float_bytes``: of a number as the model calculates.
     """
 
     architecture: str
@@ -21,6 +23,8 @@ class Traits:
     context_length: int | None
     kind: ModelKind
     has_chat_template: bool
+    geometry: Geometry = UNKNOWN
+    float_bytes: int = 2
 
 
 def incomplete(name: str, problems: list[str]) -> CodedError:

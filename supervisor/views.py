@@ -48,6 +48,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     queued: int
     last_used_at: float | None
     keep_alive_sec: int | None
+    pinned: bool
     last_incident_id: str | None
     kind: str | None = None
     dimensions: int | None = None

@@ -29,6 +29,7 @@ MODEL_KEYS = {
     "queued",
     "last_used_at",
     "keep_alive_sec",
+    "pinned",
     "last_incident_id",
     "kind",
     "dimensions",

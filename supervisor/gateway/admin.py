@@ -31,7 +31,7 @@ _Name = Annotated[str, Meta(min_length=1)]
 
 
 class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """``wait`` false: answer at once with 202.
+    """``wait`` false: answer at once with 202. ``dry_run``: only tell the memory plan.
 
     Unlike inference, an operator's misspelt option must not mean the default.
     """
@@ -46,11 +46,16 @@ class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     context_length: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     tool_format: _Name | None = None
     draft_model: _Name | None = None
+    pinned: bool | None = None
+    dry_run: bool | None = None
     wait: bool | None = None
 
 
 class UnloadRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """``drain_timeout_sec``: how long running requests may go on; None: ``unload_drain_s``."""
+
     model_id: _Name
+    drain_timeout_sec: Annotated[float, Meta(ge=0, le=86_400)] | None = None
 
 
 _load_decoder = msgspec.json.Decoder(LoadRequest)
@@ -73,7 +78,10 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
         context_length=request.context_length,
         tool_format=request.tool_format,
         draft_model=request.draft_model,
+        pinned=bool(request.pinned),
     )
+    if request.dry_run:
+        return json_response(await gateway.fleet.plan(spec))
     if request.wait is not False:
         result = await gateway.fleet.load(spec)
         call.model = result.model_id
@@ -87,7 +95,7 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
 
 async def unload_model(gateway: Gateway, call: Call) -> Response:
     request = await read_json(call, _unload_decoder, gateway.settings)
-    await gateway.fleet.unload(request.model_id)
+    await gateway.fleet.unload(request.model_id, request.drain_timeout_sec)
     return json_response(_after(gateway, request.model_id))
 
 

@@ -54,6 +54,7 @@ def view(model_id: str, state: str = "routable", **more: object) -> ModelView:
         queued=0,
         last_used_at=None,
         keep_alive_sec=None,
+        pinned=False,
         last_incident_id=None,
     )
     return msgspec.structs.replace(base, **more)
@@ -253,8 +254,9 @@ class FakeFleet(Fleet):
             readiness=readiness(),
         )
 
-    async def unload(self, model_id: str) -> None:
+    async def unload(self, model_id: str, drain_s: float | None = None) -> None:
         self.model(model_id)
+        self.drained_s = drain_s
         del self.views[model_id]
 
     async def release(self, model_id: str) -> None:

@@ -37,6 +37,7 @@ from supervisor.generation import Generation
 from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed
+from supervisor.memory_lessons import MemoryLessons
 from supervisor.metrics import Metrics
 from supervisor.modelfiles import SIMULATED_TRAITS, ModelFiles
 from supervisor.oom_kills import OomKills
@@ -121,6 +122,7 @@ class Scene:
             sockets=self.sockets,
             server_mark="mark",
             oom_kills=OomKills(),
+            lessons=MemoryLessons(home),
         )
         files = ModelFiles(home / "x.sim.json", "simulated", SIMULATED_TRAITS, 1, "digest")
         self.ledger = services.ledger

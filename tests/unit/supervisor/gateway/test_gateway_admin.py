@@ -29,6 +29,7 @@ MODEL_FIELDS = {
     "queued",
     "last_used_at",
     "keep_alive_sec",
+    "pinned",
     "last_incident_id",
     "kind",
     "dimensions",
