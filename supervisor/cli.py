@@ -187,6 +187,9 @@ def load(
     pinned: Annotated[
         bool, typer.Option("--pinned", help="Never unload it for another model, nor when idle.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell the memory plan, and load nothing.")
+    ] = False,
     wait: Annotated[bool, typer.Option(help="Until it can be used.")] = True,
     url: Url = None,
     admin_key: AdminKey = None,
@@ -205,9 +208,10 @@ def load(
         "context_length": context_length,
         "allow_unsupported_runtime": allow_unsupported_runtime,
         "pinned": pinned,
+        "dry_run": dry_run,
         "wait": wait,
     }
-    if wait:
+    if wait and not dry_run:
         typer.echo(f"loading {plain(model_id)} ... (Ctrl-C ends the wait, not the load)", err=True)
     with _connected(url, admin_key=admin_key) as client:
         try:
@@ -215,6 +219,9 @@ def load(
         except KeyboardInterrupt:
             typer.echo("not waiting any more; the load goes on: see opta-lmx ps", err=True)
             raise typer.Exit(130) from None
+    if dry_run:
+        typer.echo(plain(result["message"]))
+        raise typer.Exit(0 if result["fits"] else 1)
     took = result.get("time_to_load_ms")
     after = "" if took is None else f" in {took / 1000:.1f} s"
     typer.echo(f"{result['model_id']} is {result['readiness']['state']}{after}")

@@ -1,6 +1,6 @@
 """What a model will take: weights, KV cache, compute buffers, the process itself.
 
-Pure. Sizes are bytes. ``scripts/memory_plan`` compares plans with what is measured.
+Pure. Sizes are bytes. ``scripts/memory_plan.py`` compares plans with what is measured.
 """
 
 from __future__ import annotations
