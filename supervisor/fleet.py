@@ -26,6 +26,7 @@ from supervisor.lifecycle import Readiness
 from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
 from supervisor.memory_watch import MemoryWatch
 from supervisor.metrics import Metrics
+from supervisor.probe import Prober, ProbeSpec
 from supervisor.quarantine import release
 from supervisor.regressions import regressions
 from supervisor.resting import Resting
@@ -33,7 +34,7 @@ from supervisor.services import open_services
 from supervisor.settings import Settings
 from supervisor.status import unstable
 from supervisor.stream import RequestStream
-from supervisor.views import LoadResult, ModelView
+from supervisor.views import LoadResult, ModelView, ProbeResult
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Fleet:
         self._resting = Resting(
             self._accounts, self._incidents, services.policy, self._registry.records
         )
+        self._prober = Prober(self._gate, services)
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
         #: How what is loaded, or was until it was idle, was asked for.
@@ -265,6 +267,10 @@ class Fleet:
         for key in keys:
             self._accounts.put(key, release(self._accounts.get(key)))
 
+    async def probe(self, spec: ProbeSpec) -> ProbeResult:
+        """See ``Prober.probe``: changes nothing that is loaded."""
+        return await self._prober.probe(spec)
+
     async def start(self) -> None:
         """Begin loading the configured models, one after the other, in the background."""
         self._janitor = Janitor(self._services.server_mark)
@@ -277,6 +283,7 @@ class Fleet:
             self._services.oom_kills,
             interval_s=settings.memory_interval_s,
             low_water=settings.memory_low_water_bytes,
+            trials=self._prober.trials,
         )
         self._memory_watch = asyncio.create_task(watch.run(), name="memory watch")
         idle = IdleWatch(self._actors, settings.keep_alive_sec)
@@ -298,6 +305,7 @@ class Fleet:
         try:
             for actor in list(self._actors.values()):
                 actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+            await self._prober.stop()
             for actor in list(self._actors.values()):
                 while actor.tracked and actor.state.unloading:
                     await actor.changed()

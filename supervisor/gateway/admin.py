@@ -63,7 +63,7 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
     A client that goes away while it waits changes nothing: the load goes on.
     """
     request = await read_json(call, _load_decoder, gateway.settings)
-    _check_names(request)
+    check_names(request.model_id, request.path)
     spec = LoadSpec(
         model_id=request.model_id,
         path=request.path,
@@ -179,13 +179,13 @@ def _already_loaded(view: ModelView) -> LoadResult:
     )
 
 
-def _check_names(request: LoadRequest) -> None:
+def check_names(model_id: str, path: str | None) -> None:
     """An absolute path may stand for an id: it names a file, from which the id is made."""
-    is_path = request.model_id.startswith("/")
-    complaint = (complaint_about_path if is_path else complaint_about_id)(request.model_id)
+    is_path = model_id.startswith("/")
+    complaint = (complaint_about_path if is_path else complaint_about_id)(model_id)
     if complaint is not None:
         raise _invalid("model_id", complaint)
-    if request.path is not None and (complaint := complaint_about_path(request.path)):
+    if path is not None and (complaint := complaint_about_path(path)):
         raise _invalid("path", complaint)
 
 

@@ -36,6 +36,7 @@ from supervisor.gateway.openai.responses_stored import (
     list_input_items,
 )
 from supervisor.gateway.openapi import OPENAPI, describe
+from supervisor.gateway.probe import probe_model
 from supervisor.gateway.rerank import rerank
 from supervisor.gateway.running import RunningCalls
 from supervisor.gateway.websocket import CHAT_STREAM
@@ -104,6 +105,7 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
         route("/admin/models", Side.ADMIN, {"GET": admin.list_models}),
         route("/admin/models/available", Side.ADMIN, {"GET": admin.available_models}),
         route("/admin/models/load", Side.ADMIN, {"POST": admin.load_model}),
+        route("/admin/models/probe", Side.ADMIN, {"POST": probe_model}),
         route("/admin/models/unload", Side.ADMIN, {"POST": admin.unload_model}),
         route("/admin/models/compatibility", Side.ADMIN, {"GET": admin.compatibility}),
         route(

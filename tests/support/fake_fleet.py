@@ -24,8 +24,9 @@ from protocol.messages import (
 )
 from supervisor.fleet import Fleet
 from supervisor.gate import LoadSpec
+from supervisor.probe import ProbeSpec
 from supervisor.stream import RequestStream
-from supervisor.views import LoadResult, ModelView, ReadinessView
+from supervisor.views import LoadResult, ModelView, ProbeResult, ReadinessView
 
 CREATED = 1_700_000_000.0
 
@@ -127,6 +128,10 @@ class FakeFleet(Fleet):
     on_disk: list[dict[str, object]] = field(default_factory=list)
     load_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     finished_loads: int = 0
+    probes: list[ProbeSpec] = field(default_factory=list)
+    #: What every probe finds; until it is set, none comes to its end.
+    found: ProbeResult | None = None
+    probes_called_off: int = 0
     started: bool = False
     stopped: bool = False
     max_buffer_bytes: int | None = None
@@ -256,6 +261,27 @@ class FakeFleet(Fleet):
     async def unload(self, model_id: str) -> None:
         self.model(model_id)
         del self.views[model_id]
+
+    async def probe(self, spec: ProbeSpec) -> ProbeResult:
+        self.probes.append(spec)
+        self._news.set()
+        if self.refusal is not None:
+            raise self.refusal
+        if self.found is None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.probes_called_off += 1
+                raise
+        assert self.found is not None
+        return self.found
+
+    async def probing(self) -> ProbeSpec:
+        """Wait for the first probe."""
+        while not self.probes:
+            self._news.clear()
+            await self._news.wait()
+        return self.probes[0]
 
     async def release(self, model_id: str) -> None:
         if self.model(model_id).readiness.state != "quarantined":
