@@ -67,6 +67,7 @@ LEAVES_MAY_IMPORT = {
 EVERYONE_MAY_IMPORT = {"settings", "views"}
 NOT_LEAVES = {
     "recorder",
+    "records",
     "resting",
     "proof",
     "memory_watch",
@@ -152,6 +153,7 @@ def test_nothing_below_imports_what_is_above() -> None:
     order = [
         "resting",
         "gate",
+        "records",
         "generation",
         "trial",
         "probe",

@@ -104,7 +104,7 @@ def test_models(url: str, fleet: FakeFleet) -> None:
         **{"parameters": 8_030_000_000, "size_bytes": 4_900_000_000, "context_length": 8192},
         "backends": [option],
     }
-    fleet.on_disk = [
+    fleet.records.on_disk = [
         {**here, **known},
         {**here, "id": "b", "complete": False, "problem": "b is incomplete: it is empty"},
         {**here, **known, "id": "c", "parameters": 135e6, "backends": [{**option, "usable": True}]},
@@ -118,7 +118,7 @@ def test_models(url: str, fleet: FakeFleet) -> None:
     assert b.rstrip().endswith("b is incomplete: it is empty")
     assert c.split()[4] == "135M"
     assert c.split()[-1] == "llama"
-    assert json.loads(opta("models", "--url", url, "--json").stdout) == fleet.on_disk
+    assert json.loads(opta("models", "--url", url, "--json").stdout) == fleet.records.on_disk
 
 
 def probed(outcome: Literal["pass", "fail"], recommended: str | None) -> ProbeResult:
