@@ -154,6 +154,7 @@ class Prober:
 
     async def _try(self, model: ModelSpec, timeout_s: float) -> BackendProbe:
         # On what a load would have to pass, which is more on probation.
+        log.info("%s: to be tried on %s %s", model.model_id, model.backend, model.backend_version)
         trial = Trial(model, self._services, strict=self._is_quarantined(model))
         try:
             async with self._reserve(model):

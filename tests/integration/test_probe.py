@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Pat
     folder = tmp_path_factory.mktemp("models")
     shutil.copy(tiny_gguf, folder / "tiny.gguf")
     (folder / "cut.gguf").write_bytes(tiny_gguf.read_bytes()[:5000])
-    write_script(folder, "steady", tokens=COUNTING, step_delay_s=0.02)
+    write_script(folder, "steady", tokens=COUNTING, step_delay_s=0.015)
     write_script(folder, "slow", tokens=["Hel", "lo"], load_delay_s=15.0)
     grow = {"at": "loaded", "kind": "grow", "size": 2**26}
     write_script(folder, "growing", step_delay_s=0.06, faults=[grow])
@@ -269,3 +270,15 @@ def test_a_server_that_stops_takes_its_probe_along(tmp_path: Path, models_dir: P
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "server_shutting_down"
         await_gone(pids)
+
+
+def test_a_killed_server_leaves_no_probe_behind(tmp_path: Path, models_dir: Path) -> None:
+    with (
+        serve(tmp_path / "home", "--models-dir", str(models_dir)) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(probe, server, "slow")
+        pids = await_workers(server, 1)
+        server.stop(signal.SIGKILL)
+        await_gone(pids)
+        assert isinstance(waiting.exception(15), httpx.HTTPError)
