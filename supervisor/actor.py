@@ -17,12 +17,13 @@ from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Inquiry, InquiryAnswer, Job
 from supervisor import lifecycle, status
 from supervisor.canary import CanaryReport
+from supervisor.footprint import resident_gb
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.lifecycle import Command, Event, Readiness, State
 from supervisor.memory import Footprint
 from supervisor.memory_share import MemoryShare
-from supervisor.portrait import portray, resident_gb
+from supervisor.portrait import portray
 from supervisor.proof import prove
 from supervisor.quarantine import FailureKind, count_in_window
 from supervisor.recorder import Recorder

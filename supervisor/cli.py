@@ -195,12 +195,7 @@ def load(
     admin_key: AdminKey = None,
 ) -> None:
     """Load a model and wait until it is routable."""
-    from supervisor.config import ConfigError, model_to_load
-
-    try:
-        model_id, path = model_to_load(model)
-    except ConfigError as error:
-        _fail(str(error), status=2)
+    model_id, path = _model_to_load(model)
     body = {
         "model_id": model_id,
         "path": path,
@@ -225,6 +220,50 @@ def load(
     took = result.get("time_to_load_ms")
     after = "" if took is None else f" in {took / 1000:.1f} s"
     typer.echo(f"{result['model_id']} is {result['readiness']['state']}{after}")
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="ID, PATH or NAME=PATH.")],
+    backend: Annotated[
+        list[str] | None, typer.Option(help="mlx or llama; may be repeated; else by format.")
+    ] = None,
+    context_length: Annotated[int | None, typer.Option(help="Tokens per request.")] = None,
+    allow_unsupported_runtime: Annotated[
+        bool, typer.Option("--allow-unsupported-runtime", help="Try blocklisted ones, too.")
+    ] = False,
+    timeout_s: Annotated[
+        float | None, typer.Option(help="Seconds for each backend, 600 by default.")
+    ] = None,
+    url: Url = None,
+    admin_key: AdminKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try a model on each backend, beside what is loaded; status 1 if none runs it."""
+    from supervisor.client import PROBE_COLUMNS, probe_cells
+
+    model_id, path = _model_to_load(model)
+    body = {
+        "model_id": model_id,
+        "path": path,
+        "backends": backend or None,
+        "context_length": context_length,
+        "allow_unsupported_runtime": allow_unsupported_runtime,
+        "timeout_s": timeout_s,
+    }
+    typer.echo(f"probing {plain(model_id)} ... (Ctrl-C ends the probe)", err=True)
+    with _connected(url, admin_key=admin_key) as client:
+        try:
+            found = client.admin("POST", "/admin/models/probe", body)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+    if as_json:
+        _print_json(found)
+    else:
+        print_table(PROBE_COLUMNS, map(probe_cells, found["results"]))
+        typer.echo(f"recommended: {found['recommended'] or 'none'} ({plain(found['reason'])})")
+    if found["recommended"] is None:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -340,11 +379,25 @@ def _show(
 ) -> None:
     """What the server has told, as a table or as it is."""
     if as_json:
-        import json
+        _print_json(found)
+    else:
+        print_table(columns, map(cells, found))
 
-        typer.echo(json.dumps(found, indent=2))
-        return
-    print_table(columns, map(cells, found))
+
+def _print_json(found: object) -> None:
+    import json
+
+    typer.echo(json.dumps(found, indent=2))
+
+
+def _model_to_load(model: str) -> tuple[str, str | None]:
+    """The id and path of ID, PATH or NAME=PATH; what is neither ends the command."""
+    from supervisor.config import ConfigError, model_to_load
+
+    try:
+        return model_to_load(model)
+    except ConfigError as error:
+        _fail(str(error), status=2)
 
 
 def _text(path: Path | None) -> str | None:

@@ -90,6 +90,28 @@ def _option(option: Mapping[str, Any]) -> str:
     return name if option["usable"] else f"not on {name}: {option['reason']}"
 
 
+PROBE_COLUMNS = (
+    *("BACKEND", "VERSION", "OUTCOME", "LOADED IN"),
+    *("FIRST TOKEN", "TOKENS/S", "MEMORY", "REASON"),
+)
+
+
+def probe_cells(result: Mapping[str, Any]) -> list[str]:
+    """How a model fared on one backend, in the words of ``PROBE_COLUMNS``."""
+    loaded_ms, first_s = result["time_to_load_ms"], result["time_to_first_token_s"]
+    speed, memory = result["tokens_per_s"], result["memory_gb"]
+    return [
+        result["backend"],
+        result["backend_version"] or "-",
+        result["outcome"],
+        "-" if loaded_ms is None else f"{loaded_ms / 1000:.1f} s",
+        "-" if first_s is None else f"{first_s:.3f} s",
+        "-" if speed is None else f"{speed:.1f}",
+        "-" if memory is None else f"{memory:.2f} GB",
+        result["reason"] if result["code"] is None else f"{result['reason']} ({result['code']})",
+    ]
+
+
 class Client:
     """Talks to one server; a context manager. Every method raises ``ClientError``."""
 

@@ -47,6 +47,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         """Of the model's files; None when it does not say."""
         return self.text("digest")
 
+    @property
+    def is_probe(self) -> bool:
+        """Whether this was a try only: the model took no traffic after it."""
+        return self.metadata.get("probe") is True
+
     def text(self, name: str) -> str | None:
         """An entry of the metadata, if it is there and is text."""
         value = self.metadata.get(name)
@@ -100,6 +105,11 @@ class Standing:
     passes: tuple[Record, ...]
     failures: int
     crashes: tuple[Record, ...]
+
+    @property
+    def starts(self) -> int:
+        """How often it went into service: passes, but for those of probes."""
+        return sum(not record.is_probe for record in self.passes)
 
 
 def standing(records: Iterable[Record]) -> Standing:

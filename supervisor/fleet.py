@@ -6,10 +6,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -18,33 +17,27 @@ from protocol.messages import Detokenize, Detokenized, Job, Tokenize, Tokenized
 from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.autoload import Autoload, ReportAutoload
-from supervisor.compatibility import Record, recommendations
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.idle_watch import IdleWatch
 from supervisor.ids import complaint_about_id
-from supervisor.incidents import Incident
 from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
 from supervisor.memory_room import MemoryRoom, Preview
 from supervisor.memory_watch import MemoryWatch
 from supervisor.metrics import Metrics
+from supervisor.probe import Prober, ProbeSpec
 from supervisor.quarantine import release
-from supervisor.regressions import regressions
+from supervisor.records import Records
 from supervisor.resting import Resting
 from supervisor.services import open_services
 from supervisor.settings import Settings
 from supervisor.status import unstable
 from supervisor.stream import RequestStream
-from supervisor.views import LoadResult, ModelView
+from supervisor.views import LoadResult, ModelView, ProbeResult
 
 log = logging.getLogger(__name__)
 
 #: How long a start waits for what an earlier server left: it holds memory until it ends.
 SWEEP_TIMEOUT_S = 10.0
-
-T = TypeVar("T")
-
-#: Reads the registry's records, oldest first, beside the backends installed now.
-ReadRecords = Callable[[Sequence[Record], Mapping[str, str | None]], list[T]]
 
 
 class Fleet:
@@ -64,22 +57,23 @@ class Fleet:
     ) -> None:
         self._on_autoload = on_autoload
         self._services = services = open_services(settings, metrics)
-        self._registry = services.registry
         self._accounts = services.accounts
-        self._incidents = services.incidents
         # Nobody else runs workers of this home: its lock is ours.
         swept = [*services.ledger.sweep(), *kill_marked(home_mark(settings.home))]
         if left := await_gone(swept, SWEEP_TIMEOUT_S):
             log.error("left by an earlier server, and they do not end: %s", left)
-        self._gate = Gate(settings, self._registry, blocklist)
+        self._gate = Gate(settings, services.registry, blocklist)
+        #: What can be looked up without a model.
+        self.records: Records = Records(services.registry, services.incidents, self._gate)
         limit = settings.safe_start_after
         self._configured = Autoload(settings.home, self._gate.configured, limit)
         self._resting = Resting(
-            self._accounts, self._incidents, services.policy, self._registry.records
+            self._accounts, services.incidents, services.policy, services.registry.records
         )
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
         self._room = MemoryRoom(self._actors, settings, services.lessons)
+        self._prober = Prober(self._gate, services, reserve=self._room.hold)
         #: How what is loaded, or was until it was idle, was asked for.
         self._last_loads: dict[str, LoadSpec] = {}
         #: Ids whose loads are being looked at, with their number.
@@ -110,57 +104,6 @@ class Fleet:
         """Backend and version, which with the seed decide the text. Raises ``model_not_found``."""
         spec = self._actor(model_id).spec
         return f"{spec.backend}-{spec.backend_version}"
-
-    async def compatibility(
-        self,
-        *,
-        model: str | None = None,
-        backend: str | None = None,
-        outcome: str | None = None,
-        since: float | None = None,
-        limit: int = 100,
-    ) -> dict[str, object]:
-        """Registry records, newest first: ``{records, total, summary}``."""
-        return self._registry.query(
-            model=model, backend=backend, outcome=outcome, since=since, limit=limit
-        )
-
-    async def recommendations(
-        self, *, model: str | None = None, backend: str | None = None
-    ) -> dict[str, object]:
-        """Allow, deny or unproven, by model, backend and version: ``{recommendations, count}``."""
-        found = await self._read_records(recommendations, model, backend)
-        return {"recommendations": found, "count": len(found)}
-
-    async def regressions(
-        self, *, model: str | None = None, backend: str | None = None
-    ) -> dict[str, object]:
-        """What a newer backend version made worse: ``{regressions, count}``."""
-        found = await self._read_records(regressions, model, backend)
-        return {"regressions": found, "count": len(found)}
-
-    async def _read_records(
-        self, read: ReadRecords[T], model: str | None, backend: str | None
-    ) -> list[T]:
-        records = self._registry.matching(model=model, backend=backend)
-        # Off the loop: some tens of milliseconds for a full registry.
-        return await asyncio.to_thread(read, records, await self._gate.installed())
-
-    def incidents(self, *, model: str | None = None, limit: int = 100) -> list[Incident]:
-        """Newest first."""
-        return self._incidents.list(model=model, limit=limit)
-
-    def incident(self, incident_id: str) -> Incident:
-        """Raise ``not_found``."""
-        found = self._incidents.get(incident_id)
-        if found is None:
-            raise CodedError(ErrorCode.NOT_FOUND, f"no incident {incident_id!r}")
-        return found
-
-    async def available(self) -> dict[str, object]:
-        """What is on this machine, loaded or not: ``{models, count}``."""
-        found = await self._gate.available()
-        return {"models": found, "count": len(found)}
 
     # --- requests ---
 
@@ -275,6 +218,10 @@ class Fleet:
         for key in keys:
             self._accounts.put(key, release(self._accounts.get(key)))
 
+    async def probe(self, spec: ProbeSpec) -> ProbeResult:
+        """See ``Prober.probe``: changes nothing that is loaded."""
+        return await self._prober.probe(spec)
+
     async def start(self) -> None:
         """Begin loading the configured models, one after the other, in the background."""
         self._janitor = Janitor(self._services.server_mark)
@@ -287,6 +234,7 @@ class Fleet:
             self._services.oom_kills,
             interval_s=settings.memory_interval_s,
             low_water=settings.memory_low_water_bytes,
+            trials=self._prober.trials,
         )
         self._memory_watch = asyncio.create_task(watch.run(), name="memory watch")
         idle = IdleWatch(self._actors, settings.keep_alive_sec)
@@ -308,6 +256,7 @@ class Fleet:
         try:
             for actor in list(self._actors.values()):
                 actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+            await self._prober.stop()
             for actor in list(self._actors.values()):
                 await actor.left()
                 await actor.close()

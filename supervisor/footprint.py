@@ -108,6 +108,14 @@ def usage_of(pid: int) -> Usage | None:
         return None
 
 
+def resident_gb(pid: int) -> float | None:
+    """Resident memory of a process in GB (1e9 bytes); None once it is gone."""
+    try:
+        return float(psutil.Process(pid).memory_info().rss) / 1e9
+    except (psutil.Error, OSError):
+        return None
+
+
 def total_bytes() -> int:
     """Physical memory of the host."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -115,6 +115,11 @@ class Gate:
             installed_backends, simulated=self._settings.enable_simulated
         )
 
+    async def readers(self, spec: LoadSpec) -> Sequence[str]:
+        """The backends that read the model's format, best first. Raises ``model_not_found``."""
+        path = await self.locate(spec)
+        return admission.BACKENDS_BY_FORMAT[await asyncio.to_thread(modelfiles.format_of, path)]
+
     async def admit(self, spec: LoadSpec) -> ModelSpec:
         """Raises ``model_not_found``, ``model_incomplete`` or ``model_unsupported_backend``."""
         model_id = self.id_of(spec)

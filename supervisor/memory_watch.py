@@ -6,18 +6,33 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from supervisor.actor import Actor
 from supervisor.footprint import FootprintMeter, available_bytes
-from supervisor.memory import Verdict, judge
+from supervisor.memory import Footprint, Verdict, judge
 from supervisor.oom_kills import OomKills
 from supervisor.quarantine import FailureKind
 
 log = logging.getLogger(__name__)
 
 
+class Watched(Protocol):
+    """Who has a worker, see ``Actor``."""
+
+    @property
+    def worker(self) -> tuple[int, int] | None: ...
+
+    @property
+    def dying(self) -> bool: ...
+
+    def footprint(self, generation: int, size: int) -> Footprint | None: ...
+
+    def fail(self, generation: int, kind: FailureKind, reason: str) -> None: ...
+
+
 class MemoryWatch:
-    """Watches the actors in ``actors``, which its owner changes. Sizes are bytes.
+    """Watches the actors in ``actors`` and in ``trials``, which their owners change.
+    Sizes are bytes.
 
     Keeps ``oom_kills`` fresh. ``interval_s`` lies between two looks, or more if they
     take long; while the host has less than ``low_water`` available, the worker that grew
@@ -26,13 +41,15 @@ class MemoryWatch:
 
     def __init__(
         self,
-        actors: Mapping[str, Actor],
+        actors: Mapping[str, Watched],
         oom_kills: OomKills,
         *,
         interval_s: float,
         low_water: int,
+        trials: Mapping[str, Watched] | None = None,
     ) -> None:
         self._actors = actors
+        self._trials = {} if trials is None else trials
         self._oom_kills = oom_kills
         self._interval_s = interval_s
         self._low_water = low_water
@@ -60,7 +77,7 @@ class MemoryWatch:
         return pause if pause > interval / 2 else pause + interval
 
     async def _look(self) -> None:
-        workers = [(actor, actor.worker) for actor in self._actors.values()]
+        workers = [(actor, actor.worker) for actor in self._watched.values()]
         pids = {worker[1]: (actor, worker[0]) for actor, worker in workers if worker}
         if not pids:
             self._oom_kills.refresh()
@@ -72,19 +89,23 @@ class MemoryWatch:
             sizes = await asyncio.to_thread(self._meter.measure, list(pids), exactly=True)
             verdicts = self._verdicts(pids, sizes, available)
         for verdict in verdicts:
-            actor = self._actors.get(verdict.model_id)
+            actor = self._watched.get(verdict.model_id)
             if actor is not None:
                 actor.fail(verdict.generation, FailureKind.MEMORY, verdict.reason)
+
+    @property
+    def _watched(self) -> Mapping[str, Watched]:
+        return {**self._actors, **self._trials}
 
     def _measure(self, pids: Sequence[int]) -> tuple[dict[int, int], int]:
         self._oom_kills.refresh()
         return self._meter.measure(pids), available_bytes()
 
     def _verdicts(
-        self, pids: Mapping[int, tuple[Actor, int]], sizes: Mapping[int, int], available: int
+        self, pids: Mapping[int, tuple[Watched, int]], sizes: Mapping[int, int], available: int
     ) -> list[Verdict]:
         found = ((*pids[pid], size) for pid, size in sizes.items())
-        dying = any(actor.dying for actor in self._actors.values())
+        dying = any(actor.dying for actor in self._watched.values())
         footprints = [
             footprint
             for actor, generation, size in found

@@ -12,6 +12,7 @@ from protocol.errors import CodedError, ErrorCode
 from protocol.messages import ModelKind
 from supervisor import gguf_model, modelfolder
 from supervisor.traits import Traits
+from weights.folder import TOKENIZERS
 
 SIMULATED_SUFFIX = ".sim.json"
 
@@ -187,7 +188,7 @@ def _found(files: list[Path], path: Path, model_format: str, traits: Traits) -> 
         with file.open("rb") as content:
             sample = content.read(DIGEST_SAMPLE_BYTES)
             digest.update(sample)
-            if file.name in modelfolder.TOKENIZERS and not vocabulary:
+            if file.name in TOKENIZERS and not vocabulary:
                 vocabulary = f"{size}:{hashlib.sha256(sample).hexdigest()}"
             if size > DIGEST_SAMPLE_BYTES:
                 content.seek(max(DIGEST_SAMPLE_BYTES, size - DIGEST_SAMPLE_BYTES))

@@ -3,26 +3,17 @@ missing. Reads headers and small JSON files only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from protocol.messages import ModelKind
 from supervisor import geometry
-from supervisor.safetensors import Damaged, read_header
 from supervisor.traits import Traits, incomplete
+from weights.folder import Folder
 
-#: Such files are a few kB, an index some MB; what is larger is none.
-MAX_JSON_BYTES = 64 * 1024 * 1024
-
-INDEX = "model.safetensors.index.json"
-#: Any of these makes a tokenizer.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
 #: What loading a model reads, beside its weights.
 _SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
-_MAX_SHARDS = 1000
 #: Where huggingface_hub leaves what it has begun to download into a folder.
 _DOWNLOADS = ".cache/huggingface/download"
 _UNFINISHED = "*.incomplete"
@@ -32,44 +23,21 @@ _MAX_FACTOR = 1000
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
-@dataclass
-class _Folder:
-    path: Path
-    problems: list[str] = field(default_factory=list)
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """An empty object, and a problem, where there is no such file or it is none."""
-        try:
-            if not self.has(name):  # opening a pipe would wait for ever
-                raise FileNotFoundError(name)
-            with (self.path / name).open("rb") as file:
-                content = file.read(MAX_JSON_BYTES)
-            return msgspec.json.decode(content, type=dict[str, Any])
-        except FileNotFoundError:
-            self.problems.append(f"{name} is missing")
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            self.problems.append(f"{name} cannot be read: {error}")
-        return {}
-
-    def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
-
-
 def read_model(path: Path) -> tuple[Traits, list[Path]]:
     """The model's traits and its files.
 
     Raises ``model_incomplete`` with all that is missing or short, and ``OSError``.
     """
-    folder = _Folder(path)
+    folder = Folder(path)
     config = folder.read_json("config.json")
     if config and not isinstance(config.get("model_type", ""), str):
         folder.problems.append("config.json cannot be read: its model_type is no text")
     quantization = config.get("quantization")
     bits = quantization.get("bits") if isinstance(quantization, dict) else None
     bits = bits if isinstance(bits, int) and 0 < bits <= 32 else None
-    parameters, float_bytes = _check_weights(folder, bits)
-    if not any(folder.has(name) for name in TOKENIZERS) and not any(path.glob("*.tiktoken")):
-        folder.problems.append(f"no tokenizer is there (one of {', '.join(TOKENIZERS)})")
+    weights = folder.read_weights()
+    parameters = sum(header.parameters(bits) for header in weights)
+    folder.check_tokenizer()
     if folder.problems:
         # By themselves they may be left of files that nobody needs.
         unfinished = sorted({*path.glob(_UNFINISHED), *(path / _DOWNLOADS).glob(_UNFINISHED)})
@@ -82,56 +50,12 @@ def read_model(path: Path) -> tuple[Traits, list[Path]]:
     traits = replace(
         _traits(folder, config, bits, parameters),
         geometry=geometry.of_config(config),
-        float_bytes=float_bytes,
+        float_bytes=max(header.float_bytes for header in weights),
     )
     return traits, files
 
 
-def _check_weights(folder: _Folder, bits: int | None) -> tuple[int, int]:
-    """The parameters of all shards, and the bytes of a float in them. What is in which is not
-    compared with the index: that may be older, as it is where none of what it names is there,
-    but other weights are."""
-    present = sorted(each.name for each in folder.path.glob("*.safetensors"))
-    known = len(folder.problems)
-    names = _shards(folder) if folder.has(INDEX) else present
-    if names and present and not any(map(folder.has, names)):
-        names = present
-    if not names and len(folder.problems) == known:
-        folder.problems.append("no weights are there (*.safetensors)")
-    parameters = float_bytes = 0
-    for name in names:
-        if not folder.has(name):
-            folder.problems.append(f"{name} is missing")
-            continue
-        try:
-            header = read_header(folder.path / name)
-            parameters += header.parameters(bits)
-            float_bytes = max(float_bytes, header.float_bytes)
-        except (Damaged, OSError) as error:
-            folder.problems.append(f"{name}: {error}")
-    return parameters, float_bytes
-
-
-def _shards(folder: _Folder) -> list[str]:
-    """The files that the index says are there."""
-    known = len(folder.problems)
-    weight_map = folder.read_json(INDEX).get("weight_map")
-    if not (isinstance(weight_map, dict) and weight_map):
-        if len(folder.problems) == known:
-            folder.problems.append(f"{INDEX} has no weight_map")
-        return []
-    for name in weight_map.values():
-        if not isinstance(name, str) or not name or PurePosixPath(name).name != name:
-            folder.problems.append(f"{INDEX} names a file {name!r}"[:200])
-            return []
-    names = list(dict.fromkeys(weight_map.values()))
-    if len(names) > _MAX_SHARDS:
-        folder.problems.append(f"{INDEX} names {len(names)} files")
-        return []
-    return names
-
-
-def _traits(folder: _Folder, config: dict[str, Any], bits: int | None, parameters: int) -> Traits:
+def _traits(folder: Folder, config: dict[str, Any], bits: int | None, parameters: int) -> Traits:
     return Traits(
         architecture=config.get("model_type", ""),
         quantization="" if bits is None else f"{bits}bit",
@@ -165,9 +89,9 @@ def _kind(architectures: object) -> ModelKind:
     return ModelKind.EMBED if name.endswith("Model") else ModelKind.RERANK
 
 
-def _has_chat_template(folder: _Folder) -> bool:
+def _has_chat_template(folder: Folder) -> bool:
     if folder.has("chat_template.jinja") or folder.has("chat_template.json"):
         return True
     return folder.has("tokenizer_config.json") and bool(
-        _Folder(folder.path).read_json("tokenizer_config.json").get("chat_template")
+        Folder(folder.path).read_json("tokenizer_config.json").get("chat_template")
     )

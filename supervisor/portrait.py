@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-import psutil
-
 from protocol.messages import Loaded, ModelKind
+from supervisor.footprint import resident_gb
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.lifecycle import State
@@ -76,11 +75,3 @@ def _model_traits(model: Loaded | None) -> _ModelTraits:
         tool_format=model.tool_format or None,
         reasoning_format=model.reasoning or None,
     )
-
-
-def resident_gb(pid: int) -> float | None:
-    """Resident memory of a process in GB (1e9 bytes); None once it is gone."""
-    try:
-        return float(psutil.Process(pid).memory_info().rss) / 1e9
-    except (psutil.Error, OSError):
-        return None

@@ -20,6 +20,9 @@ from supervisor.registry import Registry
 #: How much of a worker's last output goes into a registry record.
 OUTPUT_BYTES = 2000
 
+#: The reason of every pass.
+PASSED = "canary passed"
+
 
 class Recorder:
     """All methods are called on the event loop and never wait."""
@@ -44,13 +47,7 @@ class Recorder:
     def passed(self, report: CanaryReport, parts_s: Mapping[str, float]) -> None:
         """The canary passed; ``parts_s`` is where the time went from the spawn until then."""
         self._metrics.canary_ended(self._spec.model_id, "pass")
-        parts = {name: round(seconds, 3) for name, seconds in parts_s.items()}
-        metadata = {
-            **msgspec.to_builtins(report),
-            "load_s": round(sum(parts_s.values()), 3),
-            "load_parts_s": parts,
-        }
-        self._add("pass", "canary passed", metadata)
+        self._add("pass", PASSED, measured(report, parts_s))
 
     def failed(
         self,
@@ -95,17 +92,38 @@ class Recorder:
             self._incidents.put(incident)
 
     def _add(self, outcome: Outcome, reason: str, metadata: dict[str, object]) -> None:
-        files = self._spec.files
-        self._registry.add(
-            model=self._spec.model_id,
-            backend=self._spec.backend,
-            backend_version=self._spec.backend_version,
-            outcome=outcome,
-            reason=reason,
-            metadata={
-                **metadata,
-                "digest": files.digest,
-                "architecture": files.traits.architecture,
-                "quantization": files.traits.quantization,
-            },
-        )
+        remember(self._registry, self._spec, outcome, reason, metadata)
+
+
+def measured(report: CanaryReport, parts_s: Mapping[str, float]) -> dict[str, object]:
+    """What a pass leaves in the registry."""
+    parts = {name: round(seconds, 3) for name, seconds in parts_s.items()}
+    return {
+        **msgspec.to_builtins(report),
+        "load_s": round(sum(parts_s.values()), 3),
+        "load_parts_s": parts,
+    }
+
+
+def remember(
+    registry: Registry,
+    spec: ModelSpec,
+    outcome: Outcome,
+    reason: str,
+    metadata: Mapping[str, object],
+) -> None:
+    """Add an outcome of this model, with what is known of its files."""
+    files = spec.files
+    registry.add(
+        model=spec.model_id,
+        backend=spec.backend,
+        backend_version=spec.backend_version,
+        outcome=outcome,
+        reason=reason,
+        metadata={
+            **metadata,
+            "digest": files.digest,
+            "architecture": files.traits.architecture,
+            "quantization": files.traits.quantization,
+        },
+    )

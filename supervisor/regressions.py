@@ -57,7 +57,7 @@ _LARGEST = 1e9
 class Side(msgspec.Struct, frozen=True, kw_only=True):
     """One version of a comparison: its newest record that speaks for the finding, the
     medians of its ``samples`` comparable passes (None without any), and how often it
-    passed and then failed in service."""
+    went into service and then failed there."""
 
     backend_version: str
     record: Record
@@ -175,7 +175,7 @@ class _Pair:
             tokens_per_s=_median(passes, "tokens_per_s"),
             time_to_first_token_s=_median(passes, "time_to_first_token_s"),
             samples=len(passes),
-            passes=len(here.passes),
+            passes=here.starts,
             runtime_failures=len(here.crashes),
         )
 
@@ -189,12 +189,12 @@ class _Pair:
         before, after = self.before.standing, self.after.standing
         if len(after.crashes) < CRASHES_ENOUGH:
             return None
-        assumed = (len(before.crashes) + 0.5) / (len(before.passes) + 0.5)
-        if len(after.crashes) <= MORE_CRASHES * assumed * len(after.passes):
+        assumed = (len(before.crashes) + 0.5) / (before.starts + 0.5)
+        if len(after.crashes) <= MORE_CRASHES * assumed * after.starts:
             return None
         return (
-            f"failed in service {len(after.crashes)} times in {len(after.passes)} runs, "
-            f"was {len(before.crashes)} in {len(before.passes)} on {self.before.version}; "
+            f"failed in service {len(after.crashes)} times in {after.starts} runs, "
+            f"was {len(before.crashes)} in {before.starts} on {self.before.version}; "
             f"the last time: {after.crashes[-1].reason}"
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -55,6 +57,34 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     has_chat_template: bool | None = None
     tool_format: str | None = None
     reasoning_format: str | None = None
+
+
+class BackendProbe(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model fared on one backend, in a worker of its own.
+
+    ``skipped``: it was not tried, for the ``reason``. ``time_to_load_ms`` is until it could
+    have taken traffic, the canary included; ``memory_gb`` what the worker was last seen to
+    hold. ``code`` is the error code of what did not pass.
+    """
+
+    backend: str
+    backend_version: str | None
+    outcome: Literal["pass", "fail", "skipped"]
+    reason: str
+    code: str | None = None
+    time_to_load_ms: float | None = None
+    time_to_first_token_s: float | None = None
+    tokens_per_s: float | None = None
+    memory_gb: float | None = None
+
+
+class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to a probe; ``recommended`` is None when no backend passed."""
+
+    model_id: str
+    results: list[BackendProbe]
+    recommended: str | None
+    reason: str
 
 
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):

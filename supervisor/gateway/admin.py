@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from datetime import UTC, datetime
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
-from protocol.errors import CodedError, ErrorCode
+from protocol.errors import CodedError
 from supervisor.gate import LoadSpec
 from supervisor.gateway.body import read_json
 from supervisor.gateway.endpoint import Call, Gateway
-from supervisor.gateway.errors import json_response
+from supervisor.gateway.errors import invalid, json_response
 from supervisor.gateway.openai.models import is_routable
 from supervisor.ids import complaint_about_id, complaint_about_path
 from supervisor.views import LoadResult, ModelView
-
-_MAX_RECORDS = 1000
-_DEFAULT_RECORDS = 100
-
-_INCIDENT_SUMMARY = (
-    *("id", "model", "generation", "phase", "kind", "code", "reason", "timestamp"),
-    *("quarantined", "crash_count", "backend", "backend_version", "exit_status", "signal"),
-)
 
 _Name = Annotated[str, Meta(min_length=1)]
 
@@ -68,7 +58,7 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
     A client that goes away while it waits changes nothing: the load goes on.
     """
     request = await read_json(call, _load_decoder, gateway.settings)
-    _check_names(request)
+    check_names(request.model_id, request.path)
     spec = LoadSpec(
         model_id=request.model_id,
         path=request.path,
@@ -116,58 +106,6 @@ async def get_model(gateway: Gateway, call: Call) -> Response:
     return json_response(gateway.fleet.model(call.path_params["id"]))
 
 
-async def available_models(gateway: Gateway, call: Call) -> Response:
-    """What is on this machine, loaded or not, and what could run it."""
-    return json_response(await gateway.fleet.available())
-
-
-async def compatibility(gateway: Gateway, call: Call) -> Response:
-    """Registry records, filtered by ``model``, ``backend``, ``outcome``, ``since``, ``limit``."""
-    query = call.query_params
-    outcome = query.get("outcome")
-    if outcome not in (None, "pass", "fail"):
-        raise _invalid("outcome", "must be pass or fail")
-    since = query.get("since")
-    records = await gateway.fleet.compatibility(
-        model=query.get("model"),
-        backend=query.get("backend"),
-        outcome=outcome,
-        since=None if since is None else _epoch(since),
-        limit=_limit(query.get("limit")),
-    )
-    return json_response(records)
-
-
-async def recommendations(gateway: Gateway, call: Call) -> Response:
-    """Verdicts on every model, backend and version; ``model`` and ``backend`` filter."""
-    query = call.query_params
-    return json_response(
-        await gateway.fleet.recommendations(model=query.get("model"), backend=query.get("backend"))
-    )
-
-
-async def regressions(gateway: Gateway, call: Call) -> Response:
-    """What a newer backend version made worse; ``model`` and ``backend`` filter."""
-    query = call.query_params
-    return json_response(
-        await gateway.fleet.regressions(model=query.get("model"), backend=query.get("backend"))
-    )
-
-
-async def list_incidents(gateway: Gateway, call: Call) -> Response:
-    """Newest first, without what is long; ``model`` and ``limit`` filter."""
-    query = call.query_params
-    incidents = gateway.fleet.incidents(model=query.get("model"), limit=_limit(query.get("limit")))
-    summaries = [
-        {name: getattr(incident, name) for name in _INCIDENT_SUMMARY} for incident in incidents
-    ]
-    return json_response({"incidents": summaries, "count": len(summaries)})
-
-
-async def get_incident(gateway: Gateway, call: Call) -> Response:
-    return json_response(gateway.fleet.incident(call.path_params["id"]))
-
-
 def _after(gateway: Gateway, model_id: str) -> dict[str, object]:
     """How a model stands now; ``readiness`` is null when it is not tracked any more."""
     try:
@@ -187,41 +125,11 @@ def _already_loaded(view: ModelView) -> LoadResult:
     )
 
 
-def _check_names(request: LoadRequest) -> None:
+def check_names(model_id: str, path: str | None) -> None:
     """An absolute path may stand for an id: it names a file, from which the id is made."""
-    is_path = request.model_id.startswith("/")
-    complaint = (complaint_about_path if is_path else complaint_about_id)(request.model_id)
+    is_path = model_id.startswith("/")
+    complaint = (complaint_about_path if is_path else complaint_about_id)(model_id)
     if complaint is not None:
-        raise _invalid("model_id", complaint)
-    if request.path is not None and (complaint := complaint_about_path(request.path)):
-        raise _invalid("path", complaint)
-
-
-def _limit(text: str | None) -> int:
-    if text is None:
-        return _DEFAULT_RECORDS
-    # At most four digits: a number of any length would be parsed first and refused later.
-    if not (
-        text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= _MAX_RECORDS
-    ):
-        raise _invalid("limit", f"must be a whole number from 1 to {_MAX_RECORDS}")
-    return int(text)
-
-
-def _epoch(text: str) -> float:
-    """Epoch seconds, or ISO 8601 (UTC when it names no zone)."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            moment = datetime.fromisoformat(text)
-            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, OverflowError):
-            seconds = math.nan
-    if not math.isfinite(seconds):
-        raise _invalid("since", "must be epoch seconds or an ISO 8601 time")
-    return seconds
-
-
-def _invalid(param: str, message: str) -> CodedError:
-    return CodedError(ErrorCode.INVALID_VALUE, f"{param} {message}", param=param)
+        raise invalid("model_id", complaint)
+    if path is not None and (complaint := complaint_about_path(path)):
+        raise invalid("path", complaint)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.fleet import Fleet
-from supervisor.gateway import admin, health, tokens
+from supervisor.gateway import admin, health, records, tokens
 from supervisor.gateway.anthropic import messages
 from supervisor.gateway.anthropic.errors import refusal
 from supervisor.gateway.auth import Guard, Side
@@ -36,6 +36,7 @@ from supervisor.gateway.openai.responses_stored import (
     list_input_items,
 )
 from supervisor.gateway.openapi import OPENAPI, describe
+from supervisor.gateway.probe import probe_model
 from supervisor.gateway.rerank import rerank
 from supervisor.gateway.running import RunningCalls
 from supervisor.gateway.websocket import CHAT_STREAM
@@ -102,18 +103,19 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
         route("/v1/models", Side.INFERENCE, {"GET": models.list_models}),
         route("/v1/models/{id:path}", Side.INFERENCE, {"GET": models.get_model}),
         route("/admin/models", Side.ADMIN, {"GET": admin.list_models}),
-        route("/admin/models/available", Side.ADMIN, {"GET": admin.available_models}),
+        route("/admin/models/available", Side.ADMIN, {"GET": records.available_models}),
         route("/admin/models/load", Side.ADMIN, {"POST": admin.load_model}),
+        route("/admin/models/probe", Side.ADMIN, {"POST": probe_model}),
         route("/admin/models/unload", Side.ADMIN, {"POST": admin.unload_model}),
-        route("/admin/models/compatibility", Side.ADMIN, {"GET": admin.compatibility}),
+        route("/admin/models/compatibility", Side.ADMIN, {"GET": records.compatibility}),
         route(
             "/admin/models/compatibility/recommendations",
             Side.ADMIN,
-            {"GET": admin.recommendations},
+            {"GET": records.recommendations},
         ),
-        route("/admin/models/compatibility/regressions", Side.ADMIN, {"GET": admin.regressions}),
-        route("/admin/incidents", Side.ADMIN, {"GET": admin.list_incidents}),
-        route("/admin/incidents/{id}", Side.ADMIN, {"GET": admin.get_incident}),
+        route("/admin/models/compatibility/regressions", Side.ADMIN, {"GET": records.regressions}),
+        route("/admin/incidents", Side.ADMIN, {"GET": records.list_incidents}),
+        route("/admin/incidents/{id}", Side.ADMIN, {"GET": records.get_incident}),
         # Only for POST, so that a model called "org/release" can still be looked at.
         Route(
             release,

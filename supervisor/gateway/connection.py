@@ -29,6 +29,8 @@ MAX_HEAD_BYTES = 64 * 1024
 #: How long to swallow what a client still sends after its last answer.
 _LINGER_S = 5.0
 
+#: Paths of requests whose work ends when their client has gone.
+_END_WITH_CLIENT = ("/v1/", "/admin/models/probe")
 
 #: Where an application finds the ``BodyWriter`` in a request's scope.
 BODY_WRITER = "opta_lmx.body_writer"
@@ -134,13 +136,13 @@ class _Connection(HttpToolsProtocol):
         """Whether to keep the connection although the client sends no more.
 
         Nobody can tell a client that has gone from one that has only finished
-        sending. Generation must end with its client, so there it counts as gone;
-        any other answer is still delivered.
+        sending. Generation and probes must end with their client, so there it counts as
+        gone; any other answer is still delivered.
         """
         if self._lingering or self._in_body or not self._busy():
             return False
         scope = self.cycle.scope
-        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+        if scope["method"] == "POST" and scope["path"].startswith(_END_WITH_CLIENT):
             return False
         self.cycle.keep_alive = False
         return True

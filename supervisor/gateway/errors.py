@@ -166,6 +166,11 @@ def json_response(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type=JSON_TYPE)
 
 
+def invalid(param: str, message: str) -> CodedError:
+    """The refusal of a parameter; the message goes on from its name."""
+    return CodedError(ErrorCode.INVALID_VALUE, f"{param} {message}", param=param)
+
+
 def coded(error: Exception) -> CodedError:
     """Give any exception a code. What it says stays inside unless it was coded."""
     if isinstance(error, CodedError):

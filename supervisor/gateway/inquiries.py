@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.types import Receive
 
 from protocol.messages import Detokenize, Detokenized, Tokenize, Tokenized
-from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import DeadlinePassed
+from supervisor.gateway.presence import while_there
 from supervisor.gateway.scheduling import Terms
 
 T = TypeVar("T")
@@ -49,24 +47,10 @@ async def detokenize(
 
 
 async def _answered(call: Call, question: Coroutine[Any, Any, T], terms: Terms) -> T:
-    asked = asyncio.create_task(question)
-    gone = asyncio.create_task(_disconnected(call.receive))
     remaining_s = None
     if terms.timeout_s is not None:
         remaining_s = terms.arrived + terms.timeout_s - time.perf_counter()
     try:
-        await asyncio.wait({asked, gone}, timeout=remaining_s, return_when=asyncio.FIRST_COMPLETED)
-        if asked.done():
-            return asked.result()
-        if gone.done():
-            raise ClientDisconnected
-        assert terms.timeout_s is not None
-        raise DeadlinePassed(terms.timeout_s, 0)
-    finally:
-        asked.cancel()
-        gone.cancel()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        return await while_there(call.receive, question, remaining_s)
+    except TimeoutError as error:
+        raise DeadlinePassed(terms.timeout_s or 0.0, 0) from error

@@ -31,10 +31,11 @@ from supervisor.gateway.openai.completions import CompletionRequest
 from supervisor.gateway.openai.embeddings import EmbeddingRequest
 from supervisor.gateway.openai.models import Model
 from supervisor.gateway.openai.responses_request import ResponseRequest
+from supervisor.gateway.probe import ProbeRequest
 from supervisor.gateway.rerank import Ranking, RerankRequest
 from supervisor.gateway.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from supervisor.gateway.websocket import CHAT_STREAM
-from supervisor.views import LoadResult, ModelView
+from supervisor.views import LoadResult, ModelView, ProbeResult
 
 OPENAPI = "/openapi.json"
 
@@ -84,6 +85,7 @@ BODIES: Mapping[str, Body] = {
     "/v1/models/{id:path}": Body(None, Model),
     "/admin/models/load": Body(LoadRequest, LoadResult),
     "/admin/models/unload": Body(UnloadRequest),
+    "/admin/models/probe": Body(ProbeRequest, ProbeResult),
     "/admin/models/{id:path}/release": Body(None),
     "/admin/models/{id:path}": Body(None, ModelView),
 }
@@ -221,7 +223,7 @@ def _statuses(path: str, method: str, side: Side, body: Body) -> set[int]:
         statuses |= {400}
     if method == "POST" or "{" in path:
         statuses |= {*_OF_MODELS}
-    if body.streams or path in ("/readyz", "/admin/models/load"):
+    if body.streams or path in ("/readyz", "/admin/models/load", "/admin/models/probe"):
         statuses |= {*_OF_REQUESTS}
     return statuses
 

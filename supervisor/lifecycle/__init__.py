@@ -32,7 +32,7 @@ from supervisor.lifecycle.events import (
     WorkerLoaded,
     WorkerSpawned,
 )
-from supervisor.lifecycle.machine import IllegalEvent, transition
+from supervisor.lifecycle.machine import IllegalEvent, failure_code, transition
 from supervisor.lifecycle.state import Readiness, State
 
 __all__ = [
@@ -65,5 +65,6 @@ __all__ = [
     "WorkerFailed",
     "WorkerLoaded",
     "WorkerSpawned",
+    "failure_code",
     "transition",
 ]

@@ -255,10 +255,11 @@ _LOAD_ENDED_AT = {
 }
 
 
-def _code_of(state: State, kind: FailureKind) -> ErrorCode:
-    if state.readiness is Readiness.ROUTABLE:
+def failure_code(readiness: Readiness, kind: FailureKind) -> ErrorCode:
+    """What a failure of this kind is called that befell a model in this state."""
+    if readiness is Readiness.ROUTABLE:
         return ErrorCode.MODEL_CRASHED
-    if state.readiness is Readiness.CANARY_PENDING:
+    if readiness is Readiness.CANARY_PENDING:
         return ErrorCode.MODEL_CANARY_FAILED
     return _LOAD_ENDED_AT.get(kind, ErrorCode.MODEL_LOADER_CRASHED)
 
@@ -268,7 +269,7 @@ def _count_failure(
 ) -> Outcome:
     """Count a failure of the current generation, whose process is still there."""
     account = record_failure(_settled(state, policy, now), policy, now, reason=reason)
-    code = _code_of(state, kind)
+    code = failure_code(state.readiness, kind)
     state = replace(
         state,
         account=account,

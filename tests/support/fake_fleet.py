@@ -24,8 +24,10 @@ from protocol.messages import (
 )
 from supervisor.fleet import Fleet
 from supervisor.gate import LoadSpec
+from supervisor.probe import ProbeSpec
+from supervisor.records import Records
 from supervisor.stream import RequestStream
-from supervisor.views import LoadResult, ModelView, ReadinessView
+from supervisor.views import LoadResult, ModelView, ProbeResult, ReadinessView
 
 CREATED = 1_700_000_000.0
 
@@ -105,6 +107,43 @@ class Submitted:
 
 
 @dataclass
+class FakeRecords(Records):
+    """Knows what is ``on_disk``, and keeps what it is asked."""
+
+    on_disk: list[dict[str, object]] = field(default_factory=list)
+    queries: list[dict[str, object]] = field(default_factory=list)
+
+    async def available(self) -> dict[str, object]:
+        return {"models": self.on_disk, "count": len(self.on_disk)}
+
+    async def compatibility(
+        self,
+        *,
+        model: str | None = None,
+        backend: str | None = None,
+        outcome: str | None = None,
+        since: float | None = None,
+        limit: int = 100,
+    ) -> dict[str, object]:
+        self.queries.append(
+            {"model": model, "backend": backend, "outcome": outcome, "since": since, "limit": limit}
+        )
+        return {"records": [], "total": 0, "summary": {}}
+
+    async def recommendations(
+        self, *, model: str | None = None, backend: str | None = None
+    ) -> dict[str, object]:
+        self.queries.append({"model": model, "backend": backend})
+        return {"recommendations": [], "count": 0}
+
+    async def regressions(
+        self, *, model: str | None = None, backend: str | None = None
+    ) -> dict[str, object]:
+        self.queries.append({"model": model, "backend": backend})
+        return {"regressions": [], "count": 0}
+
+
+@dataclass
 class FakeFleet(Fleet):
     """Answers every request with ``script`` at once, or not at all when that is None.
 
@@ -123,11 +162,14 @@ class FakeFleet(Fleet):
     inquiries_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     inquiries_called_off: int = 0
     loads: list[LoadSpec] = field(default_factory=list)
-    queries: list[dict[str, object]] = field(default_factory=list)
     why_safe: str | None = None
-    on_disk: list[dict[str, object]] = field(default_factory=list)
+    records: FakeRecords = field(default_factory=FakeRecords)
     load_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     finished_loads: int = 0
+    probes: list[ProbeSpec] = field(default_factory=list)
+    #: What every probe finds; until it is set, none comes to its end.
+    found: ProbeResult | None = None
+    probes_called_off: int = 0
     started: bool = False
     stopped: bool = False
     max_buffer_bytes: int | None = None
@@ -259,39 +301,31 @@ class FakeFleet(Fleet):
         self.drained_s = drain_s
         del self.views[model_id]
 
+    async def probe(self, spec: ProbeSpec) -> ProbeResult:
+        self.probes.append(spec)
+        self._news.set()
+        if self.refusal is not None:
+            raise self.refusal
+        if self.found is None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.probes_called_off += 1
+                raise
+        assert self.found is not None
+        return self.found
+
+    async def probing(self) -> ProbeSpec:
+        """Wait for the first probe."""
+        while not self.probes:
+            self._news.clear()
+            await self._news.wait()
+        return self.probes[0]
+
     async def release(self, model_id: str) -> None:
         if self.model(model_id).readiness.state != "quarantined":
             raise CodedError(ErrorCode.MODEL_CONFLICT, f"{model_id} is not quarantined")
         del self.views[model_id]
-
-    async def available(self) -> dict[str, object]:
-        return {"models": self.on_disk, "count": len(self.on_disk)}
-
-    async def compatibility(
-        self,
-        *,
-        model: str | None = None,
-        backend: str | None = None,
-        outcome: str | None = None,
-        since: float | None = None,
-        limit: int = 100,
-    ) -> dict[str, object]:
-        self.queries.append(
-            {"model": model, "backend": backend, "outcome": outcome, "since": since, "limit": limit}
-        )
-        return {"records": [], "total": 0, "summary": {}}
-
-    async def recommendations(
-        self, *, model: str | None = None, backend: str | None = None
-    ) -> dict[str, object]:
-        self.queries.append({"model": model, "backend": backend})
-        return {"recommendations": [], "count": 0}
-
-    async def regressions(
-        self, *, model: str | None = None, backend: str | None = None
-    ) -> dict[str, object]:
-        self.queries.append({"model": model, "backend": backend})
-        return {"regressions": [], "count": 0}
 
     async def start(self) -> None:
         self.started = True

@@ -6,27 +6,16 @@ tell an incomplete download from an unsupported model, and some are crashes.
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import ErrorCode
+from weights.folder import Folder
 from worker.backends.base import LoadRefused
 
-_INDEX = "model.safetensors.index.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tiktoken.model",
-    "vocab.json",
-    "vocab.txt",
-    "*.tiktoken",
-)
+#: What mlx-lm loads.
+_WEIGHTS = "model*.safetensors"
 _FOREIGN_WEIGHTS = ("*.gguf", "*.bin", "*.pt", "*.pth", "*.npz", "*.onnx")
-_HEADER_LENGTH = struct.Struct("<Q")
-#: As in the safetensors library: a longer header is no header.
-_MAX_HEADER_BYTES = 100_000_000
 
 
 def check_model_directory(path: Path) -> dict[str, Any]:
@@ -42,10 +31,37 @@ def check_model_directory(path: Path) -> dict[str, Any]:
             ErrorCode.MODEL_UNSUPPORTED_BACKEND,
             f"{path} is a file; the mlx backend loads model directories",
         )
-    config = _read_config(path)
-    _check_shards(path)
-    _check_tokenizer(path)
+    folder = Folder(path)
+    config = folder.read_json("config.json")
+    if not folder.problems and not isinstance(config.get("model_type"), str):
+        folder.problems.append("config.json names no model_type")
+    _check_weights(folder)
+    _check_tokenizer(folder)
+    if folder.problems:
+        reason = f"{path.name} is incomplete: {'; '.join(folder.problems)}"
+        raise LoadRefused(ErrorCode.MODEL_INCOMPLETE, reason)
     return config
+
+
+def _check_weights(folder: Folder) -> None:
+    if any(folder.path.glob(_WEIGHTS)):
+        folder.read_weights()
+        return
+    foreign = [file.name for pattern in _FOREIGN_WEIGHTS for file in folder.path.glob(pattern)]
+    if foreign:
+        raise LoadRefused(
+            ErrorCode.MODEL_UNSUPPORTED_BACKEND,
+            f"{folder.path.name} has no safetensors weights, only {', '.join(sorted(foreign))}",
+        )
+    folder.problems.append(f"no weights are there ({_WEIGHTS})")
+
+
+def _check_tokenizer(folder: Folder) -> None:
+    folder.check_tokenizer()
+    # One that is cut short, the library would say to be unsupported.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder.path / name).exists():
+            folder.read_json(name)
 
 
 def vocab_size(config: dict[str, Any]) -> int | None:
@@ -74,84 +90,3 @@ def trained_context_length(config: dict[str, Any]) -> int | None:
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     return text if isinstance(text, dict) else {}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_json_object(path / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise _incomplete(f"{path.name}/config.json names no model_type")
-    return config
-
-
-def _check_shards(path: Path) -> None:
-    shards = {shard.name for shard in path.glob("model*.safetensors")}
-    index = path / _INDEX
-    if index.exists():
-        weight_map = _read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise _incomplete(f"{path.name}/{_INDEX} has no weight_map")
-        missing = sorted({str(shard) for shard in weight_map.values()} - shards)
-        if missing:
-            raise _incomplete(f"{path.name} lacks the weights {', '.join(missing)}")
-    if not shards:
-        foreign = [file.name for pattern in _FOREIGN_WEIGHTS for file in path.glob(pattern)]
-        if foreign:
-            raise LoadRefused(
-                ErrorCode.MODEL_UNSUPPORTED_BACKEND,
-                f"{path.name} has no safetensors weights, only {', '.join(sorted(foreign))}",
-            )
-        raise _incomplete(f"{path.name} has no weights (model*.safetensors)")
-    for shard in sorted(shards):
-        check_safetensors(path / shard)
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise ``LoadRefused`` unless the file is as long as its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(_HEADER_LENGTH.size)
-        if len(start) < _HEADER_LENGTH.size:
-            raise _incomplete(f"{path.name} is truncated: {size} bytes")
-        (length,) = _HEADER_LENGTH.unpack(start)
-        if length > _MAX_HEADER_BYTES:
-            raise _incomplete(f"{path.name} is not a safetensors file")
-        raw = file.read(length)
-    if len(raw) < length:
-        raise _incomplete(f"{path.name} is truncated inside its header: {size} bytes")
-    try:
-        end = _data_end(json.loads(raw))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _incomplete(f"{path.name} has a damaged header: {error}") from error
-    expected = _HEADER_LENGTH.size + length + end
-    if size < expected:
-        raise _incomplete(f"{path.name} is truncated: {size} of {expected} bytes")
-
-
-def _data_end(header: dict[str, Any]) -> int:
-    tensors = (entry for name, entry in header.items() if name != "__metadata__")
-    return max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
-
-
-def _check_tokenizer(path: Path) -> None:
-    if not any(True for pattern in _TOKENIZER_FILES for _ in path.glob(pattern)):
-        raise _incomplete(f"{path.name} has no tokenizer (tokenizer.json or tokenizer.model)")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (path / name).exists():
-            _read_json_object(path / name)
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    name = f"{path.parent.name}/{path.name}"
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise _incomplete(f"{name} is missing") from error
-    except ValueError as error:
-        raise _incomplete(f"{name} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise _incomplete(f"{name} is not a JSON object")
-    return content
-
-
-def _incomplete(message: str) -> LoadRefused:
-    return LoadRefused(ErrorCode.MODEL_INCOMPLETE, message)

@@ -55,6 +55,12 @@ async def run(
     return asked, report
 
 
+async def test_tokens_that_come_all_at_once_have_a_speed() -> None:
+    # A busy supervisor reads them together: 0 would be remembered as this model's speed.
+    _, report = await run(say("one ", "two ", "three "))
+    assert report.tokens_per_s > 0
+
+
 async def test_a_working_model_passes() -> None:
     asked, _ = await run(say("one ", "two ", "three "))
     assert len(asked) == 3

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import uvicorn
@@ -21,10 +22,13 @@ from supervisor import main as supervisor_main
 from supervisor.chat_session import Session
 from supervisor.cli import app
 from supervisor.client import Client, ClientError
+from supervisor.gate import LoadSpec
 from supervisor.gateway.app import create_app
 from supervisor.gateway.server import BindRefused
 from supervisor.metrics import Metrics
+from supervisor.probe import ProbeSpec
 from supervisor.settings import ModelSetting, Settings
+from supervisor.views import BackendProbe, ProbeResult
 from tests.support.fake_fleet import FakeFleet, readiness, view
 
 KEYS = {"OPTA_LMX_ADMIN_KEY": "a", "OPTA_LMX_API_KEY": "i"}
@@ -100,7 +104,7 @@ def test_models(url: str, fleet: FakeFleet) -> None:
         **{"parameters": 8_030_000_000, "size_bytes": 4_900_000_000, "context_length": 8192},
         "backends": [option],
     }
-    fleet.on_disk = [
+    fleet.records.on_disk = [
         {**here, **known},
         {**here, "id": "b", "complete": False, "problem": "b is incomplete: it is empty"},
         {**here, **known, "id": "c", "parameters": 135e6, "backends": [{**option, "usable": True}]},
@@ -114,7 +118,66 @@ def test_models(url: str, fleet: FakeFleet) -> None:
     assert b.rstrip().endswith("b is incomplete: it is empty")
     assert c.split()[4] == "135M"
     assert c.split()[-1] == "llama"
-    assert json.loads(opta("models", "--url", url, "--json").stdout) == fleet.on_disk
+    assert json.loads(opta("models", "--url", url, "--json").stdout) == fleet.records.on_disk
+
+
+def probed(outcome: Literal["pass", "fail"], recommended: str | None) -> ProbeResult:
+    skipped = BackendProbe(
+        backend="mlx",
+        backend_version=None,
+        outcome="skipped",
+        code="model_unsupported_backend",
+        reason="not here\x1b[2J",
+    )
+    tried = BackendProbe(
+        backend="llama",
+        backend_version="0.3",
+        outcome=outcome,
+        reason="canary passed",
+        time_to_load_ms=1234.5,
+        time_to_first_token_s=0.02,
+        tokens_per_s=99.94,
+        memory_gb=1.5,
+    )
+    return ProbeResult(
+        model_id="m", results=[skipped, tried], recommended=recommended, reason="because"
+    )
+
+
+def test_probe(url: str, fleet: FakeFleet) -> None:
+    fleet.found = probed("pass", "llama")
+    result = opta("probe", "org/x", "--url", url)
+    assert result.exit_code == 0, result.output
+    header, mlx, llama, recommended = result.stdout.splitlines()
+    assert header.split()[:3] == ["BACKEND", "VERSION", "OUTCOME"]
+    assert mlx.split()[:7] == ["mlx", "-", "skipped", "-", "-", "-", "-"]
+    assert mlx.rstrip().endswith("not here[2J (model_unsupported_backend)")
+    assert llama.split()[:5] == ["llama", "0.3", "pass", "1.2", "s"]
+    assert llama.split()[5:10] == ["0.020", "s", "99.9", "1.50", "GB"]
+    assert recommended == "recommended: llama (because)"
+    assert fleet.probes == [ProbeSpec(load=LoadSpec(model_id="org/x"))]
+    as_json = opta("probe", "org/x", "--url", url, "--json")
+    assert json.loads(as_json.stdout)["results"][1]["tokens_per_s"] == 99.94
+
+
+def test_a_probe_that_finds_nothing_says_so_with_its_status(url: str, fleet: FakeFleet) -> None:
+    fleet.found = probed("fail", None)
+    options = ("--backend", "llama", "--backend", "mlx", "--context-length", "512")
+    more = ("--allow-unsupported-runtime", "--timeout-s", "2.5")
+    result = opta("probe", "x=/models/x.gguf", *options, *more, "--url", url)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1] == "recommended: none (because)"
+    load = LoadSpec(
+        model_id="x",
+        path="/models/x.gguf",
+        allow_unsupported_runtime=True,
+        context_length=512,
+    )
+    assert fleet.probes == [ProbeSpec(load=load, backends=("llama", "mlx"), timeout_s=2.5)]
+    fleet.refusal = CodedError(ErrorCode.MODEL_CONFLICT, "another one runs")
+    refused = opta("probe", "x", "--url", url)
+    assert refused.exit_code == 1
+    assert "another one runs (model_conflict)" in refused.stderr
 
 
 def test_ps_shows_probation_and_nothing_that_moves_the_cursor(url: str, fleet: FakeFleet) -> None:

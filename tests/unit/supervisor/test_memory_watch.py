@@ -9,11 +9,13 @@ from typing import Any
 from supervisor.memory import Footprint
 from supervisor.memory_watch import MemoryWatch
 from supervisor.oom_kills import OomKills
+from supervisor.trial import NAME
 
 LIMIT = 1_000
 
 
 class _Actor:
+    model_id = "m"
     worker = (1, 4711)
     dying = False
 
@@ -21,10 +23,20 @@ class _Actor:
         self.failed: list[str] = []
 
     def footprint(self, generation: int, size: int) -> Footprint:
-        return Footprint("m", generation, size, baseline=900, limit=LIMIT)
+        return Footprint(self.model_id, generation, size, baseline=900, limit=LIMIT)
 
     def fail(self, _generation: int, _kind: object, reason: str) -> None:
         self.failed.append(reason)
+
+
+class _Sizes:
+    """By pid, exactly."""
+
+    def __init__(self, sizes: dict[int, int]) -> None:
+        self.sizes = sizes
+
+    def measure(self, pids: Sequence[int], *, exactly: bool = False) -> dict[int, int]:
+        return {pid: self.sizes[pid] for pid in pids}
 
 
 class _Meter:
@@ -74,3 +86,16 @@ async def test_kills_are_looked_at_while_nobody_runs(tmp_path: Path) -> None:
     await watch({}, kills)._look()
     now = 200.0
     assert not kills.claim(0.0)
+
+
+async def test_what_is_on_trial_is_watched_as_well_and_loses_alone() -> None:
+    kills, trials = OomKills(), dict[str, Any]()
+    loaded, tried = _Actor(), _Actor()
+    tried.worker, tried.model_id = (0, 4712), NAME
+    found = MemoryWatch({"m": loaded}, kills, interval_s=1.0, low_water=0, trials=trials)
+    found._meter = _Sizes({4711: LIMIT - 50, 4712: LIMIT + 50})  # type: ignore[assignment]
+    await found._look()
+    assert (loaded.failed, tried.failed) == ([], [])
+    trials[NAME] = tried
+    await found._look()
+    assert (loaded.failed, len(tried.failed)) == ([], 1)

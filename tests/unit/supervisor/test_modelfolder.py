@@ -8,7 +8,8 @@ import pytest
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import ModelKind
-from supervisor.modelfolder import INDEX, read_model
+from supervisor.modelfolder import read_model
+from weights.folder import INDEX
 
 
 def problems(path: Path) -> str:

@@ -251,3 +251,11 @@ def test_markedly_more_failures_in_service(
 ) -> None:
     regressed = kinds(*served("1", *before), *served("2", *after))
     assert regressed == ([("crashes", "1", "2")] if worse else [])
+
+
+def test_a_probe_is_no_time_in_service() -> None:
+    """It passes, and nothing can befall it afterwards."""
+    probes = [passed("2", probe=True)] * 20
+    (regression,) = found(*served("1", 4, 0), *served("2", 4, 3), *probes)
+    assert regression.kind == "crashes"
+    assert (regression.after.passes, regression.after.runtime_failures) == (4, 3)

@@ -97,6 +97,27 @@ def test_missing_shards_are_named(model: Path) -> None:
     assert names[0] not in refused.message
 
 
+def test_an_index_that_is_older_than_its_weights_is_no_hindrance(model: Path) -> None:
+    write_index(model, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert check_model_directory(model) == {"model_type": "llama"}
+
+
+def test_weights_that_the_library_does_not_look_for_are_none(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "consolidated.safetensors")
+    refused = refusal(model)
+    assert refused.code == ErrorCode.MODEL_INCOMPLETE
+    assert "model*.safetensors" in refused.message
+
+
+def test_all_that_is_missing_is_told_at_once(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "model.safetensors").write_bytes(b"")
+    (model / "config.json").write_text("{}")
+    message = refusal(model).message
+    for part in ("no tokenizer", "model.safetensors: it is empty", "names no model_type"):
+        assert part in message
+
+
 def test_index_without_a_map_is_incomplete(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text("{}")
     assert refusal(model).code == ErrorCode.MODEL_INCOMPLETE
@@ -115,7 +136,9 @@ def test_both_sizes_of_cut_weights_are_told(model: Path) -> None:
     weights = model / "model.safetensors"
     write_safetensors(weights, b"\0" * 8, claimed=800)
     size = weights.stat().st_size
-    assert f"{size} of {size + 792} bytes" in refusal(model).message
+    message = refusal(model).message
+    assert f"{size} bytes" in message
+    assert f"need {size + 792}" in message
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from supervisor.safetensors import Damaged, read_header
+from weights.safetensors import Damaged, read_header
 
 
 def write(path: Path, header: object, data: int = 0) -> Path:
