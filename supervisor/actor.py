@@ -33,6 +33,7 @@ from supervisor.stream import RequestStream
 from supervisor.traffic import Traffic
 from supervisor.views import ModelView, ReadinessView
 from supervisor.waiters import LoadWaiters
+from supervisor.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,21 @@ GRANTED_S = 10.0
 
 
 class Actor:
-    """A tracked model. ``on_gone`` is called once, when it is tracked no more."""
+    """A tracked model. ``on_gone`` is called once, when it is tracked no more; ``take_spare``
+    gives a worker that waits for a model on a backend of a version, if there is one."""
 
-    def __init__(self, spec: ModelSpec, services: Services, *, on_gone: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        services: Services,
+        *,
+        on_gone: Callable[[], None],
+        take_spare: Callable[[str, str], Worker | None],
+    ) -> None:
         self.spec = spec
         self._services = services
         self._on_gone = on_gone
+        self._take_spare = take_spare
         self._state: State | None = None
         #: ``None`` ends the task.
         self._inbox: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -379,6 +389,7 @@ class Actor:
                 self._services,
                 requests=self._requests,
                 post=self._inbox.put_nowait,
+                worker=self._take_spare(self.spec.backend, self.spec.backend_version),
             )
         except Exception as error:
             # Whatever it is, such as no more threads: without a process none will exit.

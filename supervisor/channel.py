@@ -62,7 +62,8 @@ class Channel:
     """Both sockets of one generation. Use on the event loop's thread only.
 
     ``on_message`` gets every message, ``on_violation`` the reason when a frame
-    is none. ``name`` must be unique among the channels of ``folder``.
+    is none; both may be changed at any time. ``name`` must be unique among the channels
+    of ``folder``.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class Channel:
         on_violation: Callable[[str], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._on_message = on_message
-        self._on_violation = on_violation
+        self.on_message = on_message
+        self.on_violation = on_violation
         self._encode = Encoder()
         self._decode = FromWorkerDecoder()
         self._closed = False
@@ -178,20 +179,20 @@ class Channel:
 
     def _handle(self, frame: memoryview) -> None:
         if len(frame) > MAX_FRAME_BYTES:
-            self._on_violation(f"a message of {len(frame)} bytes")
+            self.on_violation(f"a message of {len(frame)} bytes")
             return
         try:
             message = self._decode(frame)
         except CodecError as error:
-            self._on_violation(f"not a message of this protocol: {error}")
+            self.on_violation(f"not a message of this protocol: {error}")
             return
         try:
-            self._on_message(message)
+            self.on_message(message)
         except Exception as error:
             # Left to the loop, it would end this turn with messages unread, of
             # which the descriptor has already told.
             log.exception("a message could not be handled")
-            self._on_violation(f"{type(message).__name__} could not be handled: {error}")
+            self.on_violation(f"{type(message).__name__} could not be handled: {error}")
 
 
 def _can_read(socket: zmq.Socket[bytes]) -> bool:

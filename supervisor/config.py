@@ -198,7 +198,12 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
     for name in ("prompt_cache_bytes", "keep_alive_sec"):
         value = getattr(settings, name)
         require(name, value is None or value >= 0, "at least 0")
-    for name in ("response_store_max", "response_store_max_bytes", "safe_start_after"):
+    for name in (
+        "response_store_max",
+        "response_store_max_bytes",
+        "safe_start_after",
+        "warm_spares",
+    ):
         require(name, getattr(settings, name) >= 0, "at least 0")
     require("draft_tokens", 0 <= settings.draft_tokens <= 64, "from 0 to 64")
     for name in ("admin_key", "api_key"):

@@ -30,9 +30,10 @@ from supervisor.records import Records
 from supervisor.resting import Resting
 from supervisor.services import open_services
 from supervisor.settings import Settings
+from supervisor.spares import Spares
 from supervisor.status import unstable
 from supervisor.stream import RequestStream
-from supervisor.views import LoadResult, ModelView, ProbeResult
+from supervisor.views import LoadResult, ModelView, ProbeResult, SpareView
 
 log = logging.getLogger(__name__)
 
@@ -72,15 +73,15 @@ class Fleet:
         )
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
-        self._room = MemoryRoom(self._actors, settings, services.lessons)
+        self._spares = Spares(services, in_use=self._backends_in_use, calm=self._is_calm)
+        self._room = MemoryRoom(self._actors, settings, services.lessons, self._spares)
         self._prober = Prober(self._gate, services, reserve=self._room.hold)
         #: How what is loaded, or was until it was idle, was asked for.
         self._last_loads: dict[str, LoadSpec] = {}
         #: Ids whose loads are being looked at, with their number.
         self._at_gate: Counter[str] = Counter()
-        self._memory_watch: asyncio.Task[None] | None = None
-        self._idle_watch: asyncio.Task[None] | None = None
-        self._autoload: asyncio.Task[None] | None = None
+        #: What goes on by itself until the end.
+        self._tasks: list[asyncio.Task[None]] = []
         self._stopping: asyncio.Task[None] | None = None
 
     # --- queries ---
@@ -93,6 +94,10 @@ class Fleet:
     def models(self) -> list[ModelView]:
         """Every tracked model, and every one that rests in quarantine; in the order of ids."""
         return [self.model(name) for name in sorted(self._actors.keys() | self._resting.models())]
+
+    def spares(self) -> list[SpareView]:
+        """Workers that wait without a model."""
+        return self._spares.views()
 
     def model(self, model_id: str) -> ModelView:
         """Raise ``model_not_found`` for an id that is neither tracked nor quarantined."""
@@ -227,7 +232,6 @@ class Fleet:
         self._janitor = Janitor(self._services.server_mark)
         self._at_gate.update(spec.model_id for spec in self._gate.configured)
         autoload = self._configured.run(self.load, self._leave_gate, self._on_autoload)
-        self._autoload = asyncio.create_task(autoload, name="autoload")
         settings = self._services.settings
         watch = MemoryWatch(
             self._actors,
@@ -236,9 +240,13 @@ class Fleet:
             low_water=settings.memory_low_water_bytes,
             trials=self._prober.trials,
         )
-        self._memory_watch = asyncio.create_task(watch.run(), name="memory watch")
         idle = IdleWatch(self._actors, settings.keep_alive_sec)
-        self._idle_watch = asyncio.create_task(idle.run(), name="idle watch")
+        self._tasks = [
+            asyncio.create_task(autoload, name="autoload"),
+            asyncio.create_task(watch.run(), name="memory watch"),
+            asyncio.create_task(idle.run(), name="idle watch"),
+            asyncio.create_task(self._spares.run(), name="spare workers"),
+        ]
 
     async def stop(self) -> None:
         """Stop every worker; answers everyone who waits. Every call waits for the end,
@@ -250,13 +258,13 @@ class Fleet:
     # --- inside ---
 
     async def _stop(self) -> None:
-        for task in (self._autoload, self._memory_watch, self._idle_watch):
-            if task is not None:
-                task.cancel()
+        for task in self._tasks:
+            task.cancel()
         try:
             for actor in list(self._actors.values()):
                 actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
             await self._prober.stop()
+            await self._spares.drop()
             for actor in list(self._actors.values()):
                 await actor.left()
                 await actor.close()
@@ -266,6 +274,13 @@ class Fleet:
             await self._configured.went_well()
         finally:
             self._services.close()
+
+    def _backends_in_use(self) -> set[str]:
+        return {actor.spec.backend for actor in self._actors.values() if not actor.rests}
+
+    def _is_calm(self) -> bool:
+        """Whether nothing is being loaded and nobody waits for an answer."""
+        return all(actor.rests or actor.idle_s() is not None for actor in self._actors.values())
 
     def _actor(self, model_id: str) -> Actor:
         actor = self._actors.get(model_id)
@@ -349,7 +364,8 @@ class Fleet:
             del self._actors[model_id]
 
         self._last_loads[model_id] = spec
-        actor = Actor(model, self._services, on_gone=forget)
+        take = self._spares.take
+        actor = Actor(model, self._services, on_gone=forget, take_spare=take)
         self._actors[model_id] = actor
         actor.start(probation=spec.allow_unsupported_runtime)
         if actor.rests:

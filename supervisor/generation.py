@@ -10,15 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
-import secrets
 import signal
 import time
 from collections.abc import Callable, Coroutine
 
 from protocol.errors import ErrorCode
-from protocol.handshake import EXIT_FAULT, HandshakeError, WorkerBoot, verify_hello
+from protocol.handshake import EXIT_FAULT, HandshakeError, verify_hello
 from protocol.messages import (
     Accepted,
     BackendFault,
@@ -44,15 +42,15 @@ from protocol.messages import (
     ToWorker,
 )
 from supervisor.casefile import ALIVE, GREETED, LOADED, CaseFile
-from supervisor.channel import Channel, ChannelClosed, ChannelFull
+from supervisor.channel import ChannelClosed, ChannelFull
 from supervisor.gate import ModelSpec
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
 from supervisor.marks import end_helpers
-from supervisor.process import WorkerProcess
 from supervisor.quarantine import FailureKind
 from supervisor.requests import Delivery, RequestTable
 from supervisor.services import Services
 from supervisor.watchdog import Watchdog
+from supervisor.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +70,7 @@ STACK_DUMP_S = 0.2
 class Generation:
     """A live worker of ``spec``'s model. ``post`` takes lifecycle events; all on the event loop.
 
+    ``worker``: one that has said hello and waits for a model; without it one is spawned.
     Raises ``OSError`` or ``zmq.ZMQError`` when the process or its sockets cannot be made.
     """
 
@@ -83,6 +82,7 @@ class Generation:
         *,
         requests: RequestTable,
         post: Callable[[Event], None],
+        worker: Worker | None = None,
     ) -> None:
         settings = services.settings
         self.number = number
@@ -97,7 +97,6 @@ class Generation:
         self._name = f"{spec.model_id} (generation {number})"
         self._settings = settings
         self._oom_kills = services.oom_kills
-        self._ledger = services.ledger
         self._requests = requests
         self._post = post
         self._loop = asyncio.get_running_loop()
@@ -112,38 +111,13 @@ class Generation:
         self._tasks: set[asyncio.Task[None]] = set()
         # What was killed before cannot explain the end of what is spawned now.
         self._oom_kills.refresh()
-        with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
-            death_read, self._death_write = os.pipe()
-            always.callback(os.close, death_read)
-            undo.callback(os.close, self._death_write)
-            self._channel = Channel(
-                services.zmq_context,
-                services.sockets.path,
-                secrets.token_hex(4),
-                on_message=self._on_message,
-                on_violation=self._on_violation,
-            )
-            undo.callback(self._channel.close)
-            self._boot = WorkerBoot(
-                data_endpoint=self._channel.data_endpoint,
-                beat_endpoint=self._channel.beat_endpoint,
-                nonce=secrets.token_hex(16),
-                generation=number,
-                backend=spec.backend,
-                parent_pid=os.getpid(),
-                death_fd=death_read,
-                beat_interval_s=settings.beat_interval_s,
-                quiet_beat_interval_s=settings.beat_timeout_s / 4,
-            )
-            self._process = WorkerProcess(
-                self._boot,
-                death_read,
-                on_exit=self._on_exit,
-                name=self._name,
-                mark=services.server_mark + self._boot.nonce,
-            )
-            undo.pop_all()
-        self._ledger.add(self.pid)
+        if worker is None:
+            worker = Worker(spec.backend, services, self, generation=number, name=self._name)
+        else:
+            worker.listen(self)
+            worker.process.name = self._name
+        self._worker = worker
+        self._channel, self._process = worker.channel, worker.process
         now = self._spawned_at = time.monotonic()
         self._watchdog = Watchdog(
             {
@@ -157,6 +131,10 @@ class Generation:
         )
         self._watched_at = now
         self._watch_timer = self._watch_later()
+        if worker.hello is not None:
+            self._alive = True
+            self.case.note(ALIVE)
+            self._greet(worker.hello)
 
     @property
     def pid(self) -> int:
@@ -205,7 +183,7 @@ class Generation:
 
     # --- what the worker says ---
 
-    def _on_message(self, message: FromWorker) -> None:
+    def on_message(self, message: FromWorker) -> None:
         if self._condemned:
             # Its requests may be running elsewhere by now: nothing it says counts.
             return
@@ -225,7 +203,7 @@ class Generation:
                 # Also before the handshake: a backend that cannot be imported.
                 self._on_load_failed(message)
             case _ if not self._greeted:
-                self._on_violation(f"{type(message).__name__} before the handshake")
+                self.on_violation(f"{type(message).__name__} before the handshake")
             case LoadProgress():
                 pass
             case Loaded():
@@ -256,10 +234,14 @@ class Generation:
         try:
             if self._greeted:
                 raise HandshakeError("the worker said hello twice")
-            verify_hello(hello, self._boot, self.pid)
+            verify_hello(hello, self._worker.boot, self.pid)
         except HandshakeError as error:
-            self._on_violation(str(error))
+            self.on_violation(str(error))
             return
+        self._greet(hello)
+
+    def _greet(self, hello: Hello) -> None:
+        """Give the worker its model."""
         self._greeted = True
         self.case.note(GREETED)
         if hello.backend_version != self._spec.backend_version:
@@ -295,7 +277,7 @@ class Generation:
             self._post(LoadRefused(self.number, message.code, message.message))
         self._explained = True
 
-    def _on_violation(self, reason: str) -> None:
+    def on_violation(self, reason: str) -> None:
         if not self._condemned:
             self._fail(FailureKind.PROTOCOL, reason)
 
@@ -333,10 +315,9 @@ class Generation:
         self._condemned = True
         self._post(WorkerFailed(self.number, kind, reason, random.random()))
 
-    def _on_exit(self) -> None:
-        os.close(self._death_write)
+    def on_exit(self) -> None:
+        """See ``worker.Listener``."""
         self._watch_timer.cancel()
-        self._ledger.remove(self.pid)
         if self.stuck is not None:
             log.warning("%s: its process %d has ended after all", self._name, self.pid)
             self._start(end_helpers(self._process.mark, HELPERS_TIMEOUT_S, self._name))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,8 +25,12 @@ from supervisor.memory_lessons import MemoryLessons
 from supervisor.memory_plan import MemoryPlan, Terms, largest_context, plan_memory
 from supervisor.memory_share import lesson_key
 from supervisor.settings import Settings
+from supervisor.spares import Spares
 
 log = logging.getLogger(__name__)
+
+#: Stands for all spare workers where models go by their ids, which are never empty.
+SPARES = ""
 
 #: Until then those who hold the memory may have become idle.
 _RETRY_AFTER_S = 5.0
@@ -71,6 +76,7 @@ class MemoryRoom:
     actors: Mapping[str, Actor]
     settings: Settings
     lessons: MemoryLessons
+    spares: Spares
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _held: dict[object, int] = field(default_factory=dict)
 
@@ -88,10 +94,13 @@ class MemoryRoom:
                 retry_after_s=_RETRY_AFTER_S if decision.may_fit_later else None,
             )
         # Nothing waits between the decision and this: who was idle still is.
-        evicted = [self.actors[holder.model_id] for holder in decision.unload]
+        names = [holder.model_id for holder in decision.unload]
+        evicted = [self.actors[name] for name in names if name is not SPARES]
         for actor in evicted:
             log.info("%s: unloaded to make room for %s", actor.spec.model_id, model.model_id)
             actor.unload(ErrorCode.MODEL_UNLOADED, f"it made room for {model.model_id!r}")
+        if SPARES in names:
+            await self.spares.drop()
         for actor in evicted:
             await actor.left()
         return decision.plan
@@ -107,7 +116,7 @@ class MemoryRoom:
             needed_bytes=decision.needed,
             available_bytes=max(0, decision.available),
             plan=decision.plan,
-            would_unload=[holder.model_id for holder in decision.unload or ()],
+            would_unload=[each.model_id for each in decision.unload or () if each.model_id],
             fitting_context_length=decision.fitting_context,
         )
 
@@ -126,13 +135,16 @@ class MemoryRoom:
         for actor in list(self.actors.values()):
             # Its memory is about to be free.
             await actor.left()
-        usages, available = await self._measure()
+        usages, spare, available = await self._measure()
         holders = [
             Holder(name, max(actor.promised, usages.get(name, _NOTHING).total), actor.evictable_s)
             for name, actor in self.actors.items()
         ]
         if not may_evict:
             holders = [Holder(each.model_id, each.frees, None) for each in holders]
+        if spare:
+            # Nobody misses them: they go first.
+            holders.append(Holder(SPARES, spare, math.inf))
         terms = Terms(
             backend=model.backend,
             context_length=model.context_length,
@@ -168,12 +180,15 @@ class MemoryRoom:
             )
         return _Decision(plan, needed, available, _consent(model, needed, unload), unload)
 
-    async def _measure(self) -> tuple[dict[str, Usage], int]:
-        """What each model's worker takes, and what could be promised to one more."""
+    async def _measure(self) -> tuple[dict[str, Usage], int, int]:
+        """What each model's worker takes, what all spare ones do, and what could be promised
+        to one more model."""
         pids = {name: actor.worker[1] for name, actor in self.actors.items() if actor.worker}
-        measured, host = await asyncio.to_thread(_look, list(pids.values()))
+        spares = self.spares.pids
+        measured, host = await asyncio.to_thread(_look, [*pids.values(), *spares])
         usages = {name: measured[pid] for name, pid in pids.items() if pid in measured}
-        used = sum(usage.total for usage in usages.values())
+        spare = sum(measured[pid].total for pid in spares if pid in measured)
+        used = sum(usage.total for usage in usages.values()) + spare
         # What is mapped could be taken from a worker, and the host counts it as available;
         # but then it would be read again and again.
         mapped = sum(usage.mapped for usage in usages.values())
@@ -185,7 +200,7 @@ class MemoryRoom:
             max(0, actor.promised - usages.get(name, _NOTHING).total)
             for name, actor in self.actors.items()
         )
-        return usages, min(limits) - outstanding
+        return usages, spare, min(limits) - outstanding
 
 
 _NOTHING = Usage(0, 0)
@@ -208,7 +223,7 @@ def _refusal(
         f"model {model.model_id!r} needs {_gb(needed)} ({_parts(plan)}), and {_gb(available)} "
         "of memory can be had"
     ]
-    if able := candidates(holders):
+    if able := [each for each in candidates(holders) if each.model_id]:
         names = ", ".join(repr(holder.model_id) for holder in able)
         freed = sum(holder.frees for holder in able)
         parts.append(f"to unload what is idle ({names}) would free {_gb(freed)}: not enough")
@@ -221,9 +236,9 @@ def _refusal(
 
 
 def _consent(model: ModelSpec, needed: int, unload: Sequence[Holder]) -> str:
-    if not unload:
+    names = ", ".join(repr(holder.model_id) for holder in unload if holder.model_id)
+    if not names:
         return f"model {model.model_id!r} needs {_gb(needed)}, which is available"
-    names = ", ".join(repr(holder.model_id) for holder in unload)
     return f"model {model.model_id!r} needs {_gb(needed)}; {names} would be unloaded for it"
 
 

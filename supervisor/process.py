@@ -71,7 +71,7 @@ class WorkerProcess:
         self.mark = mark
         self._loop = asyncio.get_running_loop()
         self._on_exit = on_exit
-        self._name = name
+        self.name = name
         self._tail = bytearray()
         self._exited = asyncio.Event()
         output_read, output_write = os.pipe()
@@ -236,7 +236,7 @@ class WorkerProcess:
         del self._tail[:-OUTPUT_TAIL_BYTES]
         if log.isEnabledFor(logging.DEBUG):
             for line in data.decode(errors="replace").splitlines():
-                log.debug("%s: %s", self._name, line)
+                log.debug("%s: %s", self.name, line)
 
     def _close_output(self) -> None:
         if self._output is not None:

@@ -72,6 +72,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: answer is the same.
     draft_tokens: int = 0
     threads: int | None = None
+    #: Workers of each backend in use that wait without a model, so that a restart takes less.
+    warm_spares: int = 1
     context_length: int | None = None
 
     #: Process start until the handshake.

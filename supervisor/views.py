@@ -87,6 +87,16 @@ class ProbeResult(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class SpareView(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker without a model that waits for one; ``ready`` once its backend is loaded."""
+
+    backend: str
+    backend_version: str | None
+    pid: int
+    ready: bool
+    memory_gb: float | None
+
+
 class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
     """Answer to a load that reached ``routable``."""
 

@@ -99,7 +99,10 @@ async def list_models(gateway: Gateway, call: Call) -> Response:
     """``loaded`` is what older admin clients read: the routable ones of ``models``."""
     models = gateway.fleet.models()
     loaded = [view for view in models if is_routable(view)]
-    return json_response({"models": models, "loaded": loaded, "count": len(models)})
+    spares = gateway.fleet.spares()
+    return json_response(
+        {"models": models, "loaded": loaded, "count": len(models), "spares": spares}
+    )
 
 
 async def get_model(gateway: Gateway, call: Call) -> Response:

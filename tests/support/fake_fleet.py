@@ -27,7 +27,7 @@ from supervisor.gate import LoadSpec
 from supervisor.probe import ProbeSpec
 from supervisor.records import Records
 from supervisor.stream import RequestStream
-from supervisor.views import LoadResult, ModelView, ProbeResult, ReadinessView
+from supervisor.views import LoadResult, ModelView, ProbeResult, ReadinessView, SpareView
 
 CREATED = 1_700_000_000.0
 
@@ -196,6 +196,9 @@ class FakeFleet(Fleet):
 
     def models(self) -> list[ModelView]:
         return [self.views[model_id] for model_id in sorted(self.views)]
+
+    def spares(self) -> list[SpareView]:
+        return []
 
     def model(self, model_id: str) -> ModelView:
         if model_id not in self.views:

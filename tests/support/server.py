@@ -22,6 +22,9 @@ from worker.faults import FAULTS_ENV
 #: Longest that a server may take to listen, a model to load, a state to come.
 TIMEOUT_S = 60.0
 
+#: Spare workers are there where a test is about them: others count the workers.
+_SURROUNDINGS = {"PYTHONUNBUFFERED": "1", FAULTS_ENV: "1", "OPTA_LMX_WARM_SPARES": "0"}
+
 
 class Server:
     """A running ``opta-lmx serve``; everything it prints is kept in ``output``."""
@@ -220,5 +223,5 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", FAULTS_ENV: "1", **environment},
+        env={**os.environ, **_SURROUNDINGS, **environment},
     )

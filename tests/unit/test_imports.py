@@ -83,6 +83,8 @@ NOT_LEAVES = {
     "memory_share",
     "memory_watch",
     "portrait",
+    "spares",
+    "worker",
     "traffic",
     "idle_watch",
     "autoload",

@@ -29,7 +29,7 @@ from protocol.messages import (
     Step,
     ToWorker,
 )
-from supervisor import generation, marks
+from supervisor import generation, marks, worker
 from supervisor.accounts import AccountStore
 from supervisor.channel import Channel, SocketFolder
 from supervisor.gate import ModelSpec
@@ -103,8 +103,8 @@ class Scene:
             channels.append(CountingChannel(*arguments, **options))
             return channels[0]
 
-        monkeypatch.setattr(generation, "WorkerProcess", process)
-        monkeypatch.setattr(generation, "Channel", channel)
+        monkeypatch.setattr(worker, "WorkerProcess", process)
+        monkeypatch.setattr(worker, "Channel", channel)
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.sockets = SocketFolder(home)

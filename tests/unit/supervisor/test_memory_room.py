@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,20 @@ class FakeActor:
             self.host.actors.pop(self.spec.model_id, None)
 
 
+@dataclass
+class FakeSpares:
+    host: Host
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def pids(self) -> list[int]:
+        return list(self.sizes)
+
+    async def drop(self) -> None:
+        self.host.unloaded.append("spares")
+        self.sizes.clear()
+
+
 class Host:
     """A machine with so much memory, and what is loaded on it."""
 
@@ -67,9 +81,11 @@ class Host:
         self.mapped: dict[int, int] = {}
         self.actors: dict[str, Any] = {}
         self.unloaded: list[str] = []
+        self.spares = FakeSpares(self)
+        spares: Any = self.spares
         settings.setdefault("memory_low_water_bytes", 0)
         self.room = MemoryRoom(
-            self.actors, Settings(home=tmp_path, **settings), MemoryLessons(tmp_path)
+            self.actors, Settings(home=tmp_path, **settings), MemoryLessons(tmp_path), spares
         )
 
     def add(self, name: str, size: int, idle_s: float | None, *, promised: int = 0) -> None:
@@ -82,6 +98,7 @@ class Host:
             for actor in self.actors.values()
         }
         # As the kernel has it, what is mapped from files is available.
+        usages |= {pid: Usage(size, 0) for pid, size in self.spares.sizes.items()}
         taken = sum(usage.total - usage.mapped for usage in usages.values())
         return usages, self.total - taken
 
@@ -185,6 +202,15 @@ async def test_what_was_learned_counts(host: Host) -> None:
     host.room.lessons.learn(lesson_key(MODEL), 900 * MB)
     assert "as it was measured before" in (await refused(host)).message
     await host.room.lessons.flush()
+
+
+async def test_spare_workers_go_before_any_model(host: Host) -> None:
+    host.add("idle", 700 * MB, 100.0)
+    host.spares.sizes[1] = 100 * MB
+    preview = await host.room.preview(MODEL, may_evict=True)
+    assert (preview.fits, preview.would_unload) == (True, [])
+    await host.make()
+    assert host.unloaded == ["spares"]
 
 
 async def test_a_preview_changes_nothing(host: Host) -> None:

@@ -1,0 +1,220 @@
+"""Workers that have loaded a backend and hold no model, for whoever needs one next.
+
+To start an interpreter and import a backend takes longer than to load a small model: a
+respawn that takes a spare worker saves that. One is prepared when nothing else goes on, for
+each backend that is in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+
+from protocol.handshake import HandshakeError, verify_hello
+from protocol.messages import FromWorker, Hello, LoadFailed
+from supervisor.footprint import resident_gb
+from supervisor.marks import end_helpers
+from supervisor.services import Services
+from supervisor.views import SpareView
+from supervisor.worker import Worker
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at whether one is missing.
+INTERVAL_S = 1.0
+#: Who is busy all the time gets a spare worker after so long all the same.
+PATIENCE_S = 30.0
+#: So many that end badly in a row, and no more are made for that backend.
+MAX_FAILURES = 3
+
+_HELPERS_TIMEOUT_S = 2.0
+#: A generation is never of this number.
+_NUMBER = 0
+
+
+class Spare:
+    """Listens to a worker until somebody takes it. ``on_end``: it has ended by itself."""
+
+    def __init__(self, backend: str, services: Services, on_end: Callable[[Spare], None]) -> None:
+        self.backend = backend
+        self._on_end = on_end
+        self._settings = services.settings
+        self._failure = ""
+        self._heard_at = 0.0
+        self.worker = Worker(
+            backend, services, self, generation=_NUMBER, name=f"spare worker ({backend})"
+        )
+        # One that never says hello must not stand for a spare worker for ever.
+        self._timer = asyncio.get_running_loop().call_later(
+            self._settings.start_timeout_s, self.dismiss, "it does not say hello"
+        )
+        self._ending: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it waits for a model."""
+        process = self.worker.process
+        alive = process.exit_status is None and not process.is_dead()
+        # It beats several times within that: one that is stopped would not read its model.
+        heard = time.monotonic() - self._heard_at < self._settings.beat_timeout_s
+        return self.worker.hello is not None and self._ending is None and alive and heard
+
+    @property
+    def failure(self) -> str:
+        """Why it ended, in the words of the one who saw it."""
+        return self._failure or self.worker.process.describe_exit()[1]
+
+    def taken(self) -> Worker:
+        """Give it away: from here on somebody else listens."""
+        self._timer.cancel()
+        return self.worker
+
+    def dismiss(self, reason: str) -> None:
+        """Begin to bring it down. Idempotent."""
+        if self._ending is None:
+            self._failure = reason
+            self._ending = asyncio.create_task(self._end())
+
+    async def stop(self) -> None:
+        """Bring it down, and wait for its end."""
+        self.dismiss("it is not needed any more")
+        assert self._ending is not None
+        await asyncio.shield(self._ending)
+
+    def view(self) -> SpareView:
+        hello, pid = self.worker.hello, self.worker.process.pid
+        return SpareView(
+            backend=self.backend,
+            backend_version=None if hello is None else hello.backend_version,
+            pid=pid,
+            ready=self.ready,
+            memory_gb=resident_gb(pid),
+        )
+
+    # --- for the worker; see ``worker.Listener`` ---
+
+    def on_message(self, message: FromWorker) -> None:
+        self._heard_at = time.monotonic()
+        if isinstance(message, LoadFailed):
+            self._failure = message.message
+        if not isinstance(message, Hello):
+            return  # a beat
+        try:
+            verify_hello(message, self.worker.boot, self.worker.process.pid)
+        except HandshakeError as error:
+            self.on_violation(str(error))
+            return
+        self._timer.cancel()
+        self.worker.hello = message
+
+    def on_violation(self, reason: str) -> None:
+        self.dismiss(reason)
+
+    def on_exit(self) -> None:
+        self._timer.cancel()
+        self.worker.channel.close()
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._clean_up())
+            self._on_end(self)
+
+    # --- inside ---
+
+    async def _end(self) -> None:
+        self._timer.cancel()
+        await self.worker.process.stop(grace_s=self._settings.stop_grace_s, broken=True)
+        self.worker.channel.close()
+        await self._clean_up()
+        self._on_end(self)
+
+    async def _clean_up(self) -> None:
+        process = self.worker.process
+        await end_helpers(process.mark, _HELPERS_TIMEOUT_S, process.name)
+
+
+class Spares:
+    """``size`` spare workers of each backend in use. Methods run on the event loop.
+
+    ``in_use`` tells the backends of the models there are, ``calm`` whether nothing goes on.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        *,
+        in_use: Callable[[], Collection[str]],
+        calm: Callable[[], bool],
+    ) -> None:
+        self._services = services
+        self._size = services.settings.warm_spares
+        self._in_use = in_use
+        self._calm = calm
+        self._spares: list[Spare] = []
+        self._failures: Counter[str] = Counter()
+        self._waits_since: float | None = None
+
+    def take(self, backend: str, version: str) -> Worker | None:
+        """A worker that waits for a model on this version of the backend, if there is one."""
+        for spare in self._spares:
+            hello = spare.worker.hello
+            if not (spare.ready and hello and spare.backend == backend):
+                continue
+            if hello.backend_version == version:
+                self._spares.remove(spare)
+                self._failures[backend] = 0
+                return spare.taken()
+        return None
+
+    def views(self) -> list[SpareView]:
+        return [spare.view() for spare in self._spares]
+
+    @property
+    def pids(self) -> list[int]:
+        return [spare.worker.process.pid for spare in self._spares]
+
+    async def drop(self) -> None:
+        """Bring all of them down: their memory is needed."""
+        await asyncio.gather(*(spare.stop() for spare in list(self._spares)))
+
+    async def run(self) -> None:
+        """Keep as many as there should be, until cancelled."""
+        while self._size:
+            await asyncio.sleep(INTERVAL_S)
+            try:
+                self._look()
+            except Exception:
+                # Without a spare worker everything goes on, only more slowly.
+                log.exception("spare workers could not be looked after")
+
+    def _look(self) -> None:
+        in_use = set(self._in_use())
+        for spare in self._spares:
+            started = spare.worker.hello is not None
+            if started and not (spare.backend in in_use and spare.ready):
+                spare.dismiss("it is not needed any more" if spare.ready else "it does not beat")
+        missing = [backend for backend in sorted(in_use) if self._is_missing(backend)]
+        if not missing:
+            self._waits_since = None
+            return
+        now = time.monotonic()
+        self._waits_since = self._waits_since or now
+        # One at a time: it takes a processor for a second or so.
+        starting = any(not spare.ready for spare in self._spares)
+        if not starting and (self._calm() or now - self._waits_since > PATIENCE_S):
+            self._spares.append(Spare(missing[0], self._services, self._on_end))
+
+    def _is_missing(self, backend: str) -> bool:
+        there = sum(spare.backend == backend for spare in self._spares)
+        return there < self._size and self._failures[backend] < MAX_FAILURES
+
+    def _on_end(self, spare: Spare) -> None:
+        if spare not in self._spares:
+            return
+        self._spares.remove(spare)
+        log.info("%s: ended: %s", spare.worker.process.name, spare.failure)
+        if spare.worker.hello is None:
+            self._failures[spare.backend] += 1
+            if self._failures[spare.backend] == MAX_FAILURES:
+                log.warning("no more spare workers for backend %s: none starts", spare.backend)
