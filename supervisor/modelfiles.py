@@ -123,11 +123,16 @@ def cached_repos(hub_cache: Path) -> Iterator[tuple[str, Path]]:
             yield repo, snapshot
 
 
+def cached_name(repo: str) -> str:
+    """The name of a repository's folder in the hub's cache."""
+    return f"{_CACHED}{repo.replace('/', '--')}"
+
+
 def _find_cached(model_id: str, hub_cache: Path) -> Path | None:
     repo, _, stem = canonical_id(model_id).partition(":")
     if PurePosixPath(repo).is_absolute() or "--" in repo:
         return None
-    snapshot = _snapshot(hub_cache / f"{_CACHED}{repo.replace('/', '--')}")
+    snapshot = _snapshot(hub_cache / cached_name(repo))
     if snapshot is None or not stem:
         return snapshot
     whole = snapshot / f"{stem}.gguf"

@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 #: Any of these makes a tokenizer.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt")
 #: What loading a model reads, beside its weights.
-_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
+SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
 _MAX_SHARDS = 1000
 #: Where huggingface_hub leaves what it has begun to download into a folder.
 _DOWNLOADS = ".cache/huggingface/download"
@@ -75,7 +75,7 @@ def read_model(path: Path) -> tuple[Traits, list[Path]]:
         ]
         raise incomplete(path.name, folder.problems)
     # Regular files only: opening a pipe would wait for ever.
-    files = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file())
+    files = sorted(each for each in path.iterdir() if each.suffix in SUFFIXES and each.is_file())
     return _traits(folder, config, bits, parameters), files
 
 
