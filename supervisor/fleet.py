@@ -18,6 +18,7 @@ from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.autoload import Autoload, ReportAutoload
 from supervisor.compatibility import Record, recommendations
+from supervisor.downloads.downloads import Downloads
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.idle_watch import IdleWatch
 from supervisor.ids import complaint_about_id
@@ -66,6 +67,7 @@ class Fleet:
         self._registry = services.registry
         self._accounts = services.accounts
         self._incidents = services.incidents
+        self.downloads = Downloads(settings, services.server_mark, self.load)
         # Nobody else runs workers of this home: its lock is ours.
         swept = [*services.ledger.sweep(), *kill_marked(home_mark(settings.home))]
         if left := await_gone(swept, SWEEP_TIMEOUT_S):
@@ -296,6 +298,7 @@ class Fleet:
             if task is not None:
                 task.cancel()
         try:
+            await self.downloads.stop()
             for actor in list(self._actors.values()):
                 actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
             for actor in list(self._actors.values()):

@@ -57,9 +57,7 @@ def names_of_parts(name: str) -> list[str]:
     if part is None or not 1 <= int(part["count"]) <= _MAX_PARTS:
         return [name]
     count = part["count"]
-    return [
-        f"{part['stem']}-{number:05}-of-{count}.gguf" for number in range(1, int(count) + 1)
-    ]
+    return [f"{part['stem']}-{number:05}-of-{count}.gguf" for number in range(1, int(count) + 1)]
 
 
 def read_model(path: Path) -> tuple[Traits, list[Path]]:

@@ -75,16 +75,17 @@ class RepoFolder:
     def _is_link_to(self, link: Path, file: PlannedFile) -> bool:
         return link.resolve() == self.blob(file.etag).resolve()
 
-    def delete(self, belongs: Callable[[str], bool]) -> int:
-        """Delete the files whose names ``belongs`` takes, of every revision; the bytes freed.
+    def delete(self, belongs: Callable[[str], bool]) -> tuple[int, bool]:
+        """Delete the files whose names ``belongs`` takes, of every revision: the bytes freed,
+        and whether there was anything.
 
         Content that other files are linked to stays; what has begun to come goes. Without
         any file left the repository's folder goes, too.
         """
         before = _bytes_below(self.path)
-        for link in list(self._links()):
-            if belongs(link.name):
-                link.unlink()
+        links = [link for link in self._links() if belongs(link.name)]
+        for link in links:
+            link.unlink()
         used = {link.resolve() for link in self._links()}
         for blob in _files(self.path / "blobs"):
             if blob.resolve() not in used:
@@ -92,7 +93,8 @@ class RepoFolder:
         if not used:
             shutil.rmtree(self.path)
             shutil.rmtree(self._locks, ignore_errors=True)
-        return before - _bytes_below(self.path)
+        freed = before - _bytes_below(self.path)
+        return freed, bool(links) or freed > 0
 
     def _links(self) -> Iterator[Path]:
         for folder, _, names in os.walk(self.path / "snapshots"):

@@ -61,7 +61,7 @@ def _do(job: Job) -> Report:
 
 def _fetch(job: FetchJob) -> None:
     from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
     from supervisor.downloads import hub
     from supervisor.downloads.cache import RepoFolder

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from protocol.errors import CodedError, ErrorCode
 from supervisor.downloads import selection
 from supervisor.downloads.cache import RepoFolder
-from supervisor.downloads.messages import Plan, PlannedFile, PlanJob
+from supervisor.downloads.messages import Plan, PlanJob, PlannedFile
 
 T = TypeVar("T")
 
@@ -38,14 +38,14 @@ def plan(job: PlanJob) -> Plan:
             ErrorCode.MODEL_NOT_FOUND, f"{job.model_id!r} is not the name of a model on the hub"
         )
     api = HfApi()
-    info = _ask(
-        ask.repo, lambda: api.model_info(ask.repo, files_metadata=True, timeout=_TIMEOUT_S)
-    )
+    info = _ask(ask.repo, lambda: api.model_info(ask.repo, files_metadata=True, timeout=_TIMEOUT_S))
     if info.gated:
         # Everybody may see its files, not everybody may have them.
         _ask(ask.repo, lambda: api.auth_check(ask.repo))
     files = [_file(sibling) for sibling in info.siblings or ()]
     model_id, selected = selection.select(ask, files, job.formats)
+    if info.sha is None:
+        raise _unavailable(ask.repo, "it does not say which revision it has")
     if nameless := [file.name for file in selected if not file.etag]:
         raise CodedError(
             ErrorCode.HUB_UNAVAILABLE, f"the hub names no checksum of {', '.join(nameless[:3])}"

@@ -29,6 +29,7 @@ class RepoFile(Protocol):
     @property
     def size(self) -> int: ...
 
+
 #: What loading a model reads, beside its weights.
 _BESIDE_WEIGHTS = tuple(modelfolder.SUFFIXES - {".safetensors"})
 

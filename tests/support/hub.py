@@ -22,7 +22,9 @@ from urllib.parse import unquote, urlsplit
 #: The name of the metadata among the faults.
 API = "api"
 _BLOCK = 16 * 1024
-_RESOLVE = re.compile(r"/(?P<cdn>cdn/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
+_RESOLVE = re.compile(
+    r"/(?P<cdn>cdn/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)"
+)
 _MODEL = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+?)(?P<check>/auth-check)?")
 
 
@@ -68,7 +70,9 @@ class Hub:
         self.bytes_per_s: int | None = None
         self._server = _Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
         self._thread.start()
 
     def add(self, name: str, files: dict[str, bytes], **options: Any) -> Repo:
@@ -178,7 +182,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, found: re.Match[str], token: str | None) -> None:
         hub = self.server.hub
         repo, name = hub.repos.get(found["repo"]), found["name"]
-        if repo is None or name not in repo.files or found["revision"] not in (repo.revision, "main"):
+        if (
+            repo is None
+            or name not in repo.files
+            or found["revision"] not in (repo.revision, "main")
+        ):
             self._refuse(Fault(404, "EntryNotFound"))
         elif not found["cdn"] and repo.token not in (None, token):
             self._refuse(Fault(403 if token else 401, "GatedRepo"))

@@ -19,6 +19,9 @@ import psutil
 
 from worker.faults import FAULTS_ENV
 
+#: No test asks a hub beyond this machine: nobody listens there.
+NO_HUB = "http://127.0.0.1:9"
+
 #: Longest that a server may take to listen, a model to load, a state to come.
 TIMEOUT_S = 60.0
 
@@ -220,5 +223,11 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", FAULTS_ENV: "1", **environment},
+        env={
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            FAULTS_ENV: "1",
+            "OPTA_LMX_HUB_ENDPOINT": NO_HUB,
+            **environment,
+        },
     )
