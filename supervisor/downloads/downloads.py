@@ -11,13 +11,12 @@ from typing import NamedTuple
 import msgspec
 
 from protocol.errors import CodedError, ErrorCode
-from supervisor import admission, runtimes
 from supervisor.catalog import hub_cache_dir
 from supervisor.downloads import local, removal, selection
-from supervisor.downloads.cache import free_bytes
 from supervisor.downloads.consent import LIFETIME_S, Question, Questions
-from supervisor.downloads.messages import FetchJob, Plan, PlanJob
+from supervisor.downloads.messages import FetchJob, Plan
 from supervisor.downloads.operation import DownloadView, Operation, operation_id
+from supervisor.downloads.planning import ask_hub, require_disk
 from supervisor.downloads.process import engine_environment, run_engine
 from supervisor.downloads.records import INTERRUPTED, MAX_RECORDS, Records
 from supervisor.downloads.selection import Wanted
@@ -26,11 +25,6 @@ from supervisor.settings import Settings
 from supervisor.views import LoadResult, ModelView
 
 log = logging.getLogger(__name__)
-
-#: Best first: a repository's own format before the quantisations beside it.
-FORMATS = ("mlx", "gguf")
-#: An engine must have told its plan by then.
-_PLAN_TIMEOUT_S = 90.0
 
 
 class Asked(NamedTuple):
@@ -90,7 +84,7 @@ class Downloads:
         """Download a model, or join who does."""
         ask = self._wanted(model_id)
         self._require_enabled()
-        return self._running(ask) or await self.start(await self.plan(model_id))
+        return self._running(ask) or await self.start(await self._plan(model_id))
 
     async def offer(
         self, refusal: CodedError, spec: LoadSpec, *, consent: bool
@@ -109,7 +103,7 @@ class Downloads:
             return msgspec.structs.replace(spec, model_id=known_as)
         self._require_enabled()
         try:
-            plan = await self.plan(spec.model_id, spec.backend)
+            plan = await self._plan(spec.model_id, spec.backend)
         except CodedError:
             if refusal.code is ErrorCode.MODEL_INCOMPLETE:
                 raise refusal from None
@@ -125,24 +119,6 @@ class Downloads:
         question = self._questions.take(token)
         self._require_enabled()
         return await self.start(question.plan, question.spec)
-
-    async def plan(self, model_id: str, backend: str | None = None) -> Plan:
-        """What the hub has of a model, and what of that is here."""
-        installed = await asyncio.to_thread(runtimes.installed_backends, simulated=False)
-        usable = {name for name, version in installed.items() if version is not None}
-        if backend is not None:
-            usable &= {backend}
-        formats = [name for name in FORMATS if usable & {*admission.BACKENDS_BY_FORMAT[name]}]
-        job = PlanJob(model_id=model_id, cache=str(self._cache), formats=formats)
-        try:
-            async with asyncio.timeout(_PLAN_TIMEOUT_S):
-                plan = await run_engine(job, self._environment)
-        except TimeoutError:
-            raise CodedError(
-                ErrorCode.HUB_UNAVAILABLE, f"the hub does not tell in time what {model_id} is"
-            ) from None
-        assert plan is not None
-        return plan
 
     async def start(self, plan: Plan, spec: LoadSpec | None = None) -> Operation:
         """Begin a download, or join that of the same model."""
@@ -304,22 +280,15 @@ class Downloads:
                 "the model is not on this machine, and downloads_enabled is false",
             )
 
+    async def _plan(self, model_id: str, backend: str | None = None) -> Plan:
+        return await ask_hub(model_id, self._cache, self._environment, backend)
+
     async def _require_disk(self, plan: Plan) -> int:
-        """The free bytes; raises ``insufficient_disk`` when the rest of it does not fit."""
-        free = await asyncio.to_thread(free_bytes, self._cache)
+        """The free bytes; raises ``insufficient_disk``."""
         others = sum(
             each.to_write_bytes
             for each in self._operations.values()
             if each.id != operation_id(plan.model_id)
         )
         reserve = self._settings.download_disk_reserve_bytes
-        needed = plan.missing_bytes
-        if needed and needed > free - others - reserve:
-            raise CodedError(
-                ErrorCode.INSUFFICIENT_DISK,
-                f"{plan.model_id} needs {needed / 1e9:.2f} GB more in {self._cache}, where "
-                f"{free / 1e9:.2f} GB are free, of which {others / 1e9:.2f} GB are for other "
-                f"downloads and {reserve / 1e9:.2f} GB are kept free",
-                details={"needed_bytes": needed, "free_bytes": free},
-            )
-        return free
+        return await require_disk(plan, self._cache, reserve=reserve, others=others)

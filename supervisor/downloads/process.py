@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import BinaryIO
 
 import msgspec
@@ -34,7 +34,7 @@ def engine_environment(endpoint: str | None, mark: str) -> dict[str, str]:
 
 async def run_engine(
     job: Job,
-    environment: dict[str, str],
+    environment: Mapping[str, str],
     on_progress: Callable[[Progress], None] = lambda _progress: None,
 ) -> Plan | None:
     """Run one job to its end: the plan that was asked for, or None when all is fetched.

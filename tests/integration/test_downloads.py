@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.hub import API, Fault, Hub, running
-from tests.support.server import Server, alive, await_gone, polls, serve
+from tests.support.hub import Hub, running
+from tests.support.server import Server, polls, serve
 
 TOKEN = "hf_" + "s3cret" * 4
 
@@ -36,9 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, hub: Hub, cache: Path
-) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, hub: Hub, cache: Path) -> Iterator[Server]:
     with serve(tmp_path_factory.mktemp("home"), **settings(hub, cache)) as running:
         yield running
 

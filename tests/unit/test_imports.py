@@ -85,6 +85,7 @@ NOT_LEAVES = {
     "client",
     "config",
     "chat_session",
+    "pull",
 }
 
 
