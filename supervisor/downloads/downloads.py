@@ -148,9 +148,7 @@ class Downloads:
             ended = "is being loaded: unload it" if operation is not None else "has ended"
             raise CodedError(ErrorCode.MODEL_CONFLICT, f"the download of {view.model_id!r} {ended}")
         operation.cancelling = True
-        assert operation.task is not None
-        operation.task.cancel()
-        await asyncio.wait([operation.task])
+        await self._end([operation])
         return operation.view()
 
     async def remove(self, model_id: str, tracked: Sequence[ModelView]) -> int:
@@ -176,11 +174,7 @@ class Downloads:
     async def stop(self) -> None:
         """End all that goes on, and answer everyone who waits for it."""
         self._stopping = True
-        tasks = [each.task for each in self._operations.values() if each.task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._end([each for each in self._operations.values() if not each.settled])
         await self._records.flush()
 
     # --- inside ---
@@ -200,20 +194,29 @@ class Downloads:
                 operation.turn("loading")
                 operation.result = await self._load(operation.spec)
             operation.turn("done")
-        except asyncio.CancelledError:
-            operation.fail(
-                CodedError(ErrorCode.DOWNLOAD_CANCELLED, "cancelled; what has come is kept")
-                if operation.cancelling
-                else CodedError(ErrorCode.DOWNLOAD_FAILED, INTERRUPTED.message)
-            )
         except CodedError as error:
             log.warning("%s: download: %s (%s)", plan.model_id, error.message, error.code)
             operation.fail(error)
         except Exception:
             log.exception("%s: download failed", plan.model_id)
             operation.fail(CodedError(ErrorCode.INTERNAL_ERROR, "the server's log has the details"))
-        finally:
-            self._keep(operation)
+        self._keep(operation)
+
+    async def _end(self, operations: Sequence[Operation]) -> None:
+        """Cancel what goes on, and say so: a task that has not begun yet never could."""
+        tasks = [each.task for each in operations if each.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for operation in operations:
+            if not operation.settled:
+                operation.fail(
+                    CodedError(ErrorCode.DOWNLOAD_CANCELLED, "cancelled; what has come is kept")
+                    if operation.cancelling
+                    else CodedError(ErrorCode.DOWNLOAD_FAILED, INTERRUPTED.message)
+                )
+                self._keep(operation)
 
     def _keep(self, operation: Operation) -> None:
         """Remember how it stands, and no more of the settled than anybody will ask for."""

@@ -36,7 +36,7 @@ def main() -> None:
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        tell(_do(job))
+        tell(do(job))
     except CodedError as error:
         tell(Failed(error.code, error.message))
     except OSError as error:
@@ -50,7 +50,8 @@ def tell(report: Report) -> None:
     sys.stdout.buffer.flush()
 
 
-def _do(job: Job) -> Report:
+def do(job: Job) -> Report:
+    """Raises ``CodedError``, and ``OSError`` of the disk."""
     from supervisor.downloads import hub
 
     if isinstance(job, PlanJob):
@@ -70,23 +71,23 @@ def _fetch(job: FetchJob) -> None:
     plan = job.plan
     folder = RepoFolder(Path(job.cache), plan.repo)
     meter = _Meter()
-    fetcher = Fetcher(
+    with Fetcher(
         build_hf_headers(library_name="opta-lmx"),
         stall_s=job.stall_s,
         progress=meter.bytes_on_disk,
         note=lambda text: tell(Note(text)),
-    )
-    for index, file in enumerate(plan.files):
-        meter.begin(index, file.size)
-        # Held by everybody who writes this file, other programs as well.
-        with WeakFileLock(folder.lock(file.etag)):
-            if not folder.is_whole(file):
-                url = hf_hub_url(plan.repo, file.name, revision=plan.revision)
-                incomplete = folder.incomplete(file.etag)
-                fetcher.fetch(url, file, incomplete, hub.denied(plan.repo, constants.ENDPOINT))
-                _verify(incomplete, file, meter)
-                incomplete.replace(folder.blob(file.etag))
-        meter.whole()
+    ) as fetcher:
+        for index, file in enumerate(plan.files):
+            meter.begin(index, file.size)
+            # Held by everybody who writes this file, other programs as well.
+            with WeakFileLock(folder.lock(file.etag)):
+                if not folder.is_whole(file):
+                    url = hf_hub_url(plan.repo, file.name, revision=plan.revision)
+                    begun = folder.incomplete(file.etag)
+                    fetcher.fetch(url, file, begun, hub.denied(plan.repo, constants.ENDPOINT))
+                    _verify(begun, file, meter)
+                    begun.replace(folder.blob(file.etag))
+            meter.whole()
     # Last of all: before, no reader of the cache can find any of it.
     folder.publish(plan)
 
@@ -95,7 +96,7 @@ def _verify(path: Path, file: PlannedFile, meter: _Meter) -> None:
     from supervisor.downloads.fetch import matches
 
     meter.verify()
-    if not matches(path, file, lambda _done: None):
+    if not matches(path, file):
         path.unlink()
         raise CodedError(
             ErrorCode.DOWNLOAD_FAILED,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import BinaryIO
 
 import httpx
@@ -38,7 +38,8 @@ class _TryAgain(Exception):
 
 
 class Fetcher:
-    """``headers`` are for the hub alone: httpx drops keys when it follows to another host."""
+    """Use it as a context. ``headers`` are for the hub alone: httpx drops keys when it follows
+    to another host."""
 
     def __init__(
         self,
@@ -55,6 +56,12 @@ class Fetcher:
         )
         self._progress = progress
         self._note = note
+
+    def __enter__(self) -> Fetcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
 
     def fetch(self, url: str, file: PlannedFile, path: Path, refusal: CodedError) -> None:
         """Bring ``path`` to the file's size. ``refusal``: what to raise for 401 and 403.
@@ -85,7 +92,7 @@ class Fetcher:
                         f"of {file.size}. What has come is kept: ask again to go on",
                     )
                 self._note(f"{file.name}: {what}; trying again at byte {now}")
-                time.sleep(min(wait_s or 0.25 * 2**attempts, MAX_WAIT_S))
+                sleep(min(wait_s or 0.25 * 2**attempts, MAX_WAIT_S))
             os.fsync(out.fileno())
 
     def _continue(
@@ -113,15 +120,12 @@ class Fetcher:
                     return
 
 
-def matches(path: Path, file: PlannedFile, progress: Callable[[int], None]) -> bool:
+def matches(path: Path, file: PlannedFile) -> bool:
     """Whether the content is what the hub's checksum says."""
     digest = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size)
-    done = 0
     with path.open("rb") as content:
         while block := content.read(_HASH_BLOCK):
             digest.update(block)
-            done += len(block)
-            progress(done)
     return digest.hexdigest() == file.etag
 
 

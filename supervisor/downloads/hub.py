@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants
@@ -122,7 +122,7 @@ def _ask(repo: str, question: Callable[[], T]) -> T:
                 raise
             what = f"{type(error).__name__}: {error}"
         if attempt < _ATTEMPTS:
-            time.sleep(wait_s if wait_s is not None else 0.5 * attempt)
+            sleep(wait_s if wait_s is not None else 0.5 * attempt)
     raise _unavailable(repo, what)
 
 

@@ -177,9 +177,13 @@ def _choose(repo: str, ggufs: dict[str, list[F]], what: str) -> CodedError:
 
 def _list(ggufs: dict[str, list[F]]) -> str:
     sizes = {stem: sum(file.size for file in files) for stem, files in ggufs.items()}
-    names = [f"{stem} ({size / 1e9:.2f} GB)" for stem, size in sorted(sizes.items())]
+    names = [f"{stem} ({_size(size)})" for stem, size in sorted(sizes.items())]
     more = [] if len(names) <= _LISTED else [f"and {len(names) - _LISTED} more"]
     return ", ".join(names[:_LISTED] + more)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _base(file: RepoFile) -> str:
