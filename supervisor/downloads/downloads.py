@@ -151,9 +151,12 @@ class Downloads:
         await self._end([operation])
         return operation.view()
 
-    async def remove(self, model_id: str, tracked: Sequence[ModelView]) -> int:
-        """Delete a model's files; the bytes freed. Raises ``model_conflict`` while they come,
-        or while one that is ``tracked`` has them under another name."""
+    async def remove(self, model_id: str, tracked: Sequence[ModelView]) -> tuple[str, int]:
+        """Delete a model's files: its full id, and the bytes freed.
+
+        Raises ``model_conflict`` while they come, or while one that is ``tracked`` has them
+        under another name.
+        """
         ask = selection.wanted(model_id)
         repo = model_id if ask is None else ask.repo
         for operation in self._operations.values():
@@ -169,7 +172,7 @@ class Downloads:
             removal.remove, model_id, models_dir, self._cache, used
         )
         log.info("%s: deleted, %d bytes freed", model_id, freed)
-        return freed
+        return model_id, freed
 
     async def stop(self) -> None:
         """End all that goes on, and answer everyone who waits for it."""

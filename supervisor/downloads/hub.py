@@ -27,6 +27,7 @@ T = TypeVar("T")
 #: Of one look-up. Somebody waits for the answer.
 _TIMEOUT_S = 15.0
 _ATTEMPTS = 3
+_WAIT_S = 0.3
 _MAX_WAIT_S = 10.0
 
 
@@ -122,7 +123,7 @@ def _ask(repo: str, question: Callable[[], T]) -> T:
                 raise
             what = f"{type(error).__name__}: {error}"
         if attempt < _ATTEMPTS:
-            sleep(wait_s if wait_s is not None else 0.5 * attempt)
+            sleep(wait_s if wait_s is not None else _WAIT_S * attempt)
     raise _unavailable(repo, what)
 
 

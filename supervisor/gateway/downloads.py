@@ -119,8 +119,8 @@ async def delete_model(gateway: Gateway, call: Call) -> Response:
                 f"model {model_id!r} is {view.readiness.state}: unload it first",
                 param="id",
             )
-    freed = await fleet.downloads.remove(model_id, fleet.models())
-    return json_response({"success": True, "model_id": model_id, "freed_bytes": freed})
+    full_id, freed = await fleet.downloads.remove(model_id, fleet.models())
+    return json_response({"success": True, "model_id": full_id, "freed_bytes": freed})
 
 
 def _question(asked: Asked) -> dict[str, object]:

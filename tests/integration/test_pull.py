@@ -48,10 +48,12 @@ def environment(hub: Hub, folder: Path, port: int) -> dict[str, str]:
     }
 
 
-def opta(*arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
+def opta(
+    *arguments: str, env: dict[str, str], stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "supervisor.cli", *arguments],
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -59,8 +61,8 @@ def opta(*arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: str, env: dict[str, str]) -> tuple[int, str]:
-    with opta(*arguments, env=env) as process:
+def run(*arguments: str, env: dict[str, str], stdin: int = subprocess.DEVNULL) -> tuple[int, str]:
+    with opta(*arguments, env=env, stdin=stdin) as process:
         output, _ = process.communicate(timeout=60)
         return process.returncode, output
 
@@ -101,32 +103,37 @@ def test_a_pull_that_is_killed_three_times_fetches_each_byte_about_once(
     )
     assert all(begin > 0 for begin, _ in hub.served[name][1:])
     assert not list(cache.glob("*/blobs/*.incomplete"))
-    # Once more: it is all there.
-    before = len(hub.served[name])
-    assert run("pull", "org/big:q8_0", env=env)[0] == 0
-    assert len(hub.served[name]) == before
 
 
-def test_a_server_pulls_loads_and_deletes_for_the_command_line(hub: Hub, tmp_path: Path) -> None:
+def test_the_command_line_asks_before_its_server_downloads(hub: Hub, tmp_path: Path) -> None:
     env = environment(hub, tmp_path, 0)
-    with serve(
-        tmp_path / "home", **{k: v for k, v in env.items() if k.startswith("OPTA_LMX_H")}
-    ) as (server):
+    of_server = {name: env[name] for name in env if name.startswith("OPTA_LMX_HUB_")}
+    with serve(tmp_path / "home", **of_server) as server:
         env |= {"OPTA_LMX_URL": server.url}
         status, output = run("load", "org/tiny", env=env)
         assert status == 1
         assert "is not on the server's disk: " in output
         assert "run it again with --yes" in output
-        assert run("pull", "org/tiny", env=env)[0] == 0
-        status, output = run("load", "org/tiny", env=env)
-        assert (status, "org/tiny:tiny is routable" in output) == (0, True), output
-        status, output = run("rm", "org/tiny", env=env)
-        assert (status, "model_conflict" in output) == (1, True)
-        assert run("unload", "org/tiny:tiny", env=env)[0] == 0
-        assert "deleted" in run("rm", "org/tiny", env=env)[1]
-        assert not list((tmp_path / "cache").glob("models--*"))
+        # On a terminal it asks.
+        ours, theirs = os.openpty()
+        os.write(ours, b"n\n")
+        status, output = run("load", "org/tiny", env=env, stdin=theirs)
+        os.close(ours)
+        os.close(theirs)
+        assert (status, "are free. Go on?" in output) == (1, True), output
+        assert not hub.served["tiny.gguf"]
+
         status, output = run("load", "org/tiny", "--yes", env=env)
         assert (status, output.splitlines()[-1]) == (0, "org/tiny:tiny is routable"), output
+        status, output = run("rm", "org/tiny", env=env)
+        assert (status, "(model_conflict)" in output) == (1, True), output
+        server.http.post("/admin/models/unload", json={"model_id": "org/tiny:tiny"})
+        status, output = run("rm", "org/tiny", env=env)
+        assert (status, output.startswith("org/tiny:tiny deleted, ")) == (0, True), output
+        status, output = run("pull", "org/tiny", env=env)
+        assert (status, output.splitlines()[-1]) == (0, "org/tiny:tiny is here, and verified")
+        downloads = server.http.get("/admin/models/downloads").json()["downloads"]
+        assert [(each["status"], each["load"]) for each in downloads] == [("done", False)]
 
 
 def test_a_pull_that_cannot_be_says_why(hub: Hub, tmp_path: Path, nobody: int) -> None:
