@@ -9,7 +9,6 @@ from supervisor.catalog import hub_cache_dir
 from supervisor.downloads.messages import FetchJob, Plan, Progress
 from supervisor.downloads.planning import ask_hub, require_disk
 from supervisor.downloads.process import engine_environment, run_engine
-from supervisor.marks import home_mark
 from supervisor.settings import Settings
 
 
@@ -23,7 +22,8 @@ async def fetch(
     if not settings.downloads_enabled:
         raise CodedError(ErrorCode.DOWNLOADS_DISABLED, "downloads_enabled is false")
     cache = settings.hub_cache_dir or hub_cache_dir()
-    environment = engine_environment(settings.hub_endpoint, f"{home_mark(settings.home)}alone")
+    # Without a mark: a server that starts meanwhile takes it for none of its own.
+    environment = engine_environment(settings.hub_endpoint)
     plan = await ask_hub(model_id, cache, environment)
     await require_disk(plan, cache, reserve=settings.download_disk_reserve_bytes)
     on_plan(plan)

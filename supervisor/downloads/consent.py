@@ -11,7 +11,7 @@ from protocol.errors import CodedError, ErrorCode
 from supervisor.downloads.messages import Plan
 from supervisor.gate import LoadSpec
 
-LIFETIME_S = 600.0
+LIFETIME_S = 600
 #: The oldest is forgotten for one more.
 _MAX_QUESTIONS = 256
 

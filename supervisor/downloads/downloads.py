@@ -26,6 +26,9 @@ from supervisor.views import LoadResult, ModelView
 
 log = logging.getLogger(__name__)
 
+#: Each is a process, and they begin with any id that somebody makes up.
+_PLANS_AT_ONCE = 4
+
 
 class Asked(NamedTuple):
     """A download that waits for a yes. Sizes in bytes."""
@@ -57,6 +60,7 @@ class Downloads:
         #: Of all, also of those before this start; the one that changed last comes last.
         self._views: dict[str, DownloadView] = {view.id: view for view in self._records.earlier}
         self._operations: dict[str, Operation] = {}
+        self._plan_slots = asyncio.Semaphore(_PLANS_AT_ONCE)
         self._slots = asyncio.Semaphore(settings.max_downloads)
         self._stopping = False
 
@@ -287,7 +291,8 @@ class Downloads:
             )
 
     async def _plan(self, model_id: str, backend: str | None = None) -> Plan:
-        return await ask_hub(model_id, self._cache, self._environment, backend)
+        async with self._plan_slots:
+            return await ask_hub(model_id, self._cache, self._environment, backend)
 
     async def _require_disk(self, plan: Plan) -> int:
         """The free bytes; raises ``insufficient_disk``."""

@@ -40,9 +40,14 @@ def main() -> None:
     except CodedError as error:
         tell(Failed(error.code, error.message))
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        code = ErrorCode.INSUFFICIENT_DISK if full else ErrorCode.DOWNLOAD_FAILED
-        tell(Failed(code, f"{error.strerror or error}: {error.filename or 'the cache'}"))
+        tell(failed(error))
+
+
+def failed(error: OSError) -> Failed:
+    """What the disk's refusal means."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    code = ErrorCode.INSUFFICIENT_DISK if full else ErrorCode.DOWNLOAD_FAILED
+    return Failed(code, f"{error.strerror or error}: {error.filename or 'the cache'}")
 
 
 def tell(report: Report) -> None:

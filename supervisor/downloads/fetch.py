@@ -24,7 +24,7 @@ MAX_ATTEMPTS = 6
 MAX_WAIT_S = 60.0
 _CONNECT_S = 15.0
 #: Of one request: content networks refuse answers beyond some 50 GB.
-_MAX_RANGE_BYTES = 16 * 1024**3
+MAX_RANGE_BYTES = 16 * 1024**3
 _HASH_BLOCK = 4 * 1024 * 1024
 _RETRIED = frozenset({408, 425, 429})
 
@@ -76,7 +76,9 @@ class Fetcher:
             attempts = 0
             while (have := _end(out)) < file.size:
                 try:
-                    self._continue(url, file, out, have, refusal)
+                    if self._continue(url, file, out, have, refusal):
+                        attempts = 0
+                        continue
                     what, wait_s = "the answer ended early", None
                 except _TryAgain as trouble:
                     what, wait_s = str(trouble), trouble.wait_s
@@ -97,8 +99,9 @@ class Fetcher:
 
     def _continue(
         self, url: str, file: PlannedFile, out: BinaryIO, have: int, refusal: CodedError
-    ) -> None:
-        last = min(file.size, have + _MAX_RANGE_BYTES) - 1
+    ) -> bool:
+        """One request; whether all came that it asked for."""
+        last = min(file.size, have + MAX_RANGE_BYTES) - 1
         ranged = have > 0 or last < file.size - 1
         headers = {"range": f"bytes={have}-{last}"} if ranged else {}
         with self._client.stream("GET", url, headers=headers) as answer:
@@ -112,12 +115,13 @@ class Fetcher:
                 have = 0
             for piece in answer.iter_raw():
                 piece = piece[: file.size - have]
-                out.write(piece)
+                _write(out, piece)
                 have += len(piece)
                 self._progress(have)
                 if have == file.size:
                     # Whatever follows does not belong to it.
-                    return
+                    return True
+            return have > last
 
 
 def matches(path: Path, file: PlannedFile) -> bool:
@@ -145,6 +149,13 @@ def _check(answer: httpx.Response, url: str, file: PlannedFile, refusal: CodedEr
         wait_s = hub.retry_after_s(answer.headers.get("retry-after"), MAX_WAIT_S)
         raise _TryAgain(f"the hub answers {status}", wait_s)
     raise CodedError(ErrorCode.DOWNLOAD_FAILED, f"{file.name}: the hub answers {status}")
+
+
+def _write(out: BinaryIO, piece: bytes) -> None:
+    """All of it: a disk that is nearly full takes a part first."""
+    rest = memoryview(piece)
+    while rest:
+        rest = rest[out.write(rest) :]
 
 
 def _end(out: BinaryIO) -> int:

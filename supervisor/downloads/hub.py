@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from time import sleep
@@ -29,6 +30,8 @@ _TIMEOUT_S = 15.0
 _ATTEMPTS = 3
 _WAIT_S = 0.3
 _MAX_WAIT_S = 10.0
+#: Checksums and revisions; they become names of files.
+_HEX = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def plan(job: PlanJob) -> Plan:
@@ -43,14 +46,13 @@ def plan(job: PlanJob) -> Plan:
     if info.gated:
         # Everybody may see its files, not everybody may have them.
         _ask(ask.repo, lambda: api.auth_check(ask.repo))
-    files = [_file(sibling) for sibling in info.siblings or ()]
+    files = [_file(sibling) for sibling in info.siblings or () if _is_plain(sibling.rfilename)]
+    summed = [file for file in files if _HEX.fullmatch(file.etag)]
     model_id, selected = selection.select(ask, files, job.formats)
-    if info.sha is None:
+    if info.sha is None or not _HEX.fullmatch(info.sha):
         raise _unavailable(ask.repo, "it does not say which revision it has")
-    if nameless := [file.name for file in selected if not file.etag]:
-        raise CodedError(
-            ErrorCode.HUB_UNAVAILABLE, f"the hub names no checksum of {', '.join(nameless[:3])}"
-        )
+    if nameless := [file.name for file in selected if file not in summed]:
+        raise _unavailable(ask.repo, f"it names no checksum of {', '.join(nameless[:3])}")
     folder = RepoFolder(Path(job.cache), ask.repo)
     names = {file.name for file in selected}
     return Plan(
@@ -62,7 +64,9 @@ def plan(job: PlanJob) -> Plan:
             for file in selected
         ],
         linked=[
-            file for file in files if file.name not in names and file.etag and folder.is_whole(file)
+            file
+            for file in files
+            if file.name not in names and _HEX.fullmatch(file.etag) and folder.is_whole(file)
         ],
     )
 
@@ -87,6 +91,11 @@ def _file(sibling: Any) -> PlannedFile:
     if lfs is not None:
         return PlannedFile(sibling.rfilename, lfs.size, lfs.sha256, lfs=True)
     return PlannedFile(sibling.rfilename, sibling.size or 0, sibling.blob_id or "", lfs=False)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file stays where it belongs: what the hub says becomes a path here."""
+    return name.isprintable() and {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
 def _ask(repo: str, question: Callable[[], T]) -> T:
@@ -117,6 +126,8 @@ def _ask(repo: str, question: Callable[[], T]) -> T:
             what = "it asks for fewer requests (429)" if status == 429 else f"it answers {status}"
         except OSError as error:
             what = str(error)
+        except ValueError as error:
+            raise _unavailable(repo, "it does not answer as a hub does") from error
         except Exception as error:
             # The client library's own errors, which differ between versions of huggingface_hub.
             if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):

@@ -45,7 +45,12 @@ async def require_disk(plan: Plan, cache: Path, *, reserve: int, others: int = 0
     Raises ``insufficient_disk`` when the rest of the plan does not fit beside them and the
     ``reserve``.
     """
-    free = await asyncio.to_thread(free_bytes, cache)
+    try:
+        free = await asyncio.to_thread(free_bytes, cache)
+    except OSError as error:
+        raise CodedError(
+            ErrorCode.DOWNLOAD_FAILED, f"{cache} cannot be used: {error.strerror or error}"
+        ) from error
     needed = plan.missing_bytes
     if needed and needed > free - others - reserve:
         raise CodedError(

@@ -25,11 +25,18 @@ _TAIL_BYTES = 2000
 _decoder: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
 
 
-def engine_environment(endpoint: str | None, mark: str) -> dict[str, str]:
-    """Ours, from which huggingface_hub takes its token; ``endpoint`` None: and its endpoint."""
+def engine_environment(endpoint: str | None, mark: str | None = None) -> dict[str, str]:
+    """Ours, from which huggingface_hub takes its token; ``endpoint`` None: and its endpoint.
+
+    ``mark`` as for ``marks``: of an engine that a server starts.
+    """
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_VERBOSITY": "error"}
-    chosen = {} if endpoint is None else {"HF_ENDPOINT": endpoint}
-    return {**own_environment(), **quiet, **chosen, MARK_ENV: mark}
+    chosen = {"HF_ENDPOINT": endpoint, MARK_ENV: mark}
+    return {
+        **own_environment(),
+        **quiet,
+        **{name: value for name, value in chosen.items() if value is not None},
+    }
 
 
 async def run_engine(

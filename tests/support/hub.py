@@ -66,6 +66,8 @@ class Hub:
         self.requests: list[str] = []
         #: The keys that were presented to the hub, and to its content network.
         self.tokens: dict[str, set[str | None]] = {"hub": set(), "cdn": set()}
+        #: Whether a part of a file can be asked for.
+        self.ranges = True
         #: Of each file's body; None: as fast as it goes.
         self.bytes_per_s: int | None = None
         self._server = _Server(self)
@@ -210,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
         begin, end, status = 0, len(content), 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")
         headers = {"etag": f'"{etag(repo, name)}"', "x-repo-commit": repo.revision}
-        if asked is not None:
+        if asked is not None and self.server.hub.ranges:
             begin, status = int(asked[1]), 206
             end = min(end, int(asked[2]) + 1) if asked[2] else end
             headers["content-range"] = f"bytes {begin}-{end - 1}/{len(content)}"

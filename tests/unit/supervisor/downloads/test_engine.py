@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -277,3 +278,37 @@ def test_models_of_one_repository_stay_beside_each_other(
     assert content(tmp_path, "org/two:m-Q4_0") == b"four"
     assert content(tmp_path, "org/two:m-Q8_0") == b"eight"
     assert there.bytes_of("m-Q4_0.gguf") == 4
+
+
+def test_a_host_without_ranges_gives_all_of_it_again(
+    there: Hub, tmp_path: Path, told: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(there, "ranges", False)
+    there.fail(NAME, Fault(after=100_000))
+    bring(tmp_path)
+    assert content(tmp_path) == WEIGHTS
+    assert there.served[NAME] == [(0, 100_000), (0, SIZE)]
+
+
+def test_a_large_file_comes_in_parts(
+    there: Hub, tmp_path: Path, told: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "MAX_RANGE_BYTES", 150_000)
+    bring(tmp_path)
+    assert content(tmp_path) == WEIGHTS
+    assert there.served[NAME] == [(0, 150_000), (150_000, 300_000), (300_000, SIZE)]
+    assert not [report for report in told if isinstance(report, Note)]
+
+
+@pytest.mark.parametrize("name", ["../m.gguf", "/m.gguf", "a//m.gguf", "m\n.gguf"])
+def test_names_that_lead_elsewhere_are_not_there(there: Hub, tmp_path: Path, name: str) -> None:
+    there.add("org/odd", {name: WEIGHTS})
+    with pytest.raises(CodedError) as caught:
+        plan(tmp_path, "org/odd")
+    assert caught.value.code == "model_unsupported_backend"
+
+
+def test_a_full_disk_is_told_by_its_name() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+    assert engine.failed(error).code == "insufficient_disk"
+    assert engine.failed(PermissionError(errno.EACCES, "no")).code == "download_failed"
