@@ -86,13 +86,14 @@ def _fetch(job: FetchJob) -> None:
             meter.begin(index, file.size)
             # Held by everybody who writes this file, other programs as well.
             with WeakFileLock(folder.lock(file.etag)):
-                if not folder.is_whole(file):
+                if folder.is_whole(file):
+                    meter.whole()
+                else:
                     url = hf_hub_url(plan.repo, file.name, revision=plan.revision)
                     begun = folder.incomplete(file.etag)
                     fetcher.fetch(url, file, begun, hub.denied(plan.repo, constants.ENDPOINT))
                     _verify(begun, file, meter)
                     begun.replace(folder.blob(file.etag))
-            meter.whole()
     # Last of all: before, no reader of the cache can find any of it.
     folder.publish(plan)
 

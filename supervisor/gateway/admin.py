@@ -76,11 +76,15 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
         tool_format=request.tool_format,
         draft_model=request.draft_model,
     )
-    try:
+
+    async def load(spec: LoadSpec) -> Response:
         return await _load(gateway, call, spec, wait=request.wait is not False)
+
+    try:
+        return await load(spec)
     except CodedError as refusal:
         return await load_from_hub(
-            gateway, refusal, spec, consent=bool(request.auto_download), wait=request.wait
+            gateway, refusal, spec, load, consent=bool(request.auto_download), wait=request.wait
         )
 
 

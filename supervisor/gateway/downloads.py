@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated
 
 import msgspec
@@ -45,6 +45,7 @@ async def load_from_hub(
     gateway: Gateway,
     refusal: CodedError,
     spec: LoadSpec,
+    load: Callable[[LoadSpec], Awaitable[Response]],
     *,
     consent: bool,
     wait: bool | None,
@@ -52,17 +53,20 @@ async def load_from_hub(
     """Answer a load that was refused since the model is not here. Raises ``CodedError``.
 
     202 ``download_required`` with a token, or 202 ``downloading``; with ``wait``, or when
-    nothing is left to fetch, the answer of the load itself.
+    nothing is left to fetch, the answer of the load itself. ``load`` is for a model that is
+    here under another id.
     """
-    found = await gateway.fleet.downloads.offer(refusal, spec, consent=consent)
+    downloads = gateway.fleet.downloads
+    found = await downloads.offer(refusal, spec, consent=consent)
     if isinstance(found, LoadSpec):
-        if wait is not False:
-            return json_response(await gateway.fleet.load(found))
-        view = await gateway.fleet.start_load(found)
-        answer = {"success": True, "model_id": view.id, "readiness": view.readiness}
-        return json_response({**answer, "status": "loading"}, status=202)
+        try:
+            return await load(found)
+        except CodedError as again:
+            # Half of it is here, say; by its full id it is not sought again.
+            found = await downloads.offer(again, found, consent=consent)
     if isinstance(found, Asked):
         return json_response(_question(found), status=202)
+    assert isinstance(found, Operation)
     if wait or (wait is None and not found.plan.missing_bytes):
         await found.end()
         return json_response(found.result)

@@ -141,7 +141,7 @@ def test_a_folder_is_downloaded_and_loaded_in_one_request(
 
 
 def test_a_download_is_watched_joined_cancelled_and_continued(server: Server, hub: Hub) -> None:
-    hub.bytes_per_s = 1_000_000
+    hub.bytes_per_s = 300_000
     try:
         begun = begin(server, "org/slow")
         url = begun["progress_url"]
@@ -232,7 +232,7 @@ def test_a_killed_server_leaves_nothing_running_and_the_next_one_tells(
     hub: Hub, tmp_path: Path
 ) -> None:
     home, cache = tmp_path / "home", tmp_path / "cache"
-    hub.bytes_per_s = 500_000
+    hub.bytes_per_s = 300_000
     hub.served["slow-Q8_0.gguf"].clear()
     with serve(home, **settings(hub, cache)) as server:
         url = begin(server, "org/slow")["progress_url"]

@@ -95,8 +95,7 @@ def test_a_model_arrives_whole_in_the_layout_of_other_tools(
     bring(tmp_path)
     assert content(tmp_path) == WEIGHTS
     assert there.served[NAME] == [(0, SIZE)]
-    assert told[-1] == Progress(0, SIZE)
-    assert Progress(0, SIZE, verifying=True) in told
+    assert told[-1] == Progress(0, SIZE, verifying=True)
     assert plan(tmp_path).missing_bytes == 0
     # It is the hub's own library that finds it.
     path = try_to_load_from_cache("org/m", NAME, cache_dir=tmp_path)
