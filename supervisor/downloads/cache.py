@@ -50,7 +50,7 @@ class RepoFolder:
     def publish(self, plan: Plan) -> None:
         """Make the plan's files the ones that ``main`` is: its blobs are there and verified."""
         snapshot = self.path / "snapshots" / plan.revision
-        for file in (*plan.linked, *plan.files):
+        for file in (*filter(self.is_whole, plan.linked), *plan.files):
             self._link(snapshot, file)
         refs = self.path / "refs"
         refs.mkdir(parents=True, exist_ok=True)

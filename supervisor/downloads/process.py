@@ -89,7 +89,12 @@ async def _converse(
         process.stdin.write(msgspec.json.encode(job) + b"\n")
         await process.stdin.drain()
     async for line in process.stdout:
-        match _decoder.decode(line):
+        try:
+            report = _decoder.decode(line)
+        except msgspec.MsgspecError:
+            log.debug("download: %r", line[:200])  # A library's own words.
+            continue
+        match report:
             case Progress() as progress:
                 on_progress(progress)
             case Note() as note:

@@ -30,6 +30,7 @@ def hub(tiny_gguf: Path) -> Iterator[Hub]:
             small=frozenset({"README.md"}),
         )
         hub.add("org/slow", {"slow-Q8_0.gguf": SLOW})
+        hub.add("org/dies", {"dies.gguf": SLOW[:600_000]})
         hub.add("org/bad", {"bad.gguf": tiny}, wrong=frozenset({"bad.gguf"}))
         hub.add("org/gated", {"gated.gguf": tiny}, token="somebody's")
         hub.add("org/many", {f"m-Q{bits}_0.gguf": tiny for bits in (4, 8)})
@@ -177,6 +178,23 @@ def test_a_download_is_watched_joined_cancelled_and_continued(server: Server, hu
     assert listed["count"] == len({each["id"] for each in listed["downloads"]}) >= 1
 
 
+def test_a_download_whose_process_dies_has_failed_and_is_continued(
+    server: Server, hub: Hub
+) -> None:
+    hub.bytes_per_s = 300_000
+    url = begin(server, "org/dies")["progress_url"]
+    await_bytes(server, url, 50_000)
+    for child in psutil.Process(server.process.pid).children():
+        if "supervisor.downloads.engine" in child.cmdline():
+            child.kill()
+    view = await_end(server, url)
+    hub.bytes_per_s = None
+    assert (view["status"], view["error"]["code"]) == ("failed", "download_failed")
+    assert "status -9" in view["error"]["message"]
+    assert await_end(server, begin(server, "org/dies")["progress_url"])["status"] == "done"
+    assert hub.served["dies.gguf"][1][0] >= 50_000
+
+
 def test_a_wrong_file_is_never_loaded(server: Server, cache: Path) -> None:
     answer = server.load("org/bad", auto_download=True, wait=True)
     assert code_of(answer) == (502, "download_failed")
@@ -254,14 +272,29 @@ def test_a_killed_server_leaves_nothing_running_and_the_next_one_tells(
         assert hub.served["slow-Q8_0.gguf"][1][0] >= 200_000
 
 
-def test_without_a_hub_or_without_downloads(tmp_path: Path) -> None:
-    with serve(tmp_path / "home") as server:
-        assert code_of(server.load("org/name")) == (502, "hub_unavailable")
-        assert code_of(server.load("name")) == (404, "model_not_found")
-    off = {"OPTA_LMX_DOWNLOADS_ENABLED": "false"}
+def test_what_does_not_fit_is_refused_and_so_is_all_without_a_hub(
+    tmp_path: Path, tiny_gguf: Path
+) -> None:
+    with running() as own:
+        own.add("org/tiny", {"tiny.gguf": tiny_gguf.read_bytes()})
+        full = {"OPTA_LMX_DOWNLOAD_DISK_RESERVE_BYTES": str(10**18)}
+        with serve(tmp_path / "home", **settings(own, tmp_path / "cache", **full)) as server:
+            answer = server.load("org/tiny", auto_download=True)
+            assert code_of(answer) == (507, "insufficient_disk")
+            assert answer.json()["error"]["needed_bytes"] == tiny_gguf.stat().st_size
+            assert not own.served
+            own.close()
+            assert code_of(server.load("org/tiny")) == (502, "hub_unavailable")
+            assert code_of(server.load("tiny")) == (404, "model_not_found")
+
+
+def test_without_downloads_nothing_is_asked_for(tmp_path: Path, hub: Hub) -> None:
+    off = settings(hub, tmp_path / "cache", OPTA_LMX_DOWNLOADS_ENABLED="false")
+    before = len(hub.requests)
     with serve(tmp_path / "home", **off) as server:
-        assert code_of(server.load("org/name")) == (403, "downloads_disabled")
-        assert code_of(server.load("name", auto_download=True)) == (404, "model_not_found")
-        refused = server.http.post("/admin/models/download", json={"model_id": "org/name"})
+        assert code_of(server.load("org/tiny")) == (403, "downloads_disabled")
+        assert code_of(server.load("tiny", auto_download=True)) == (404, "model_not_found")
+        refused = server.http.post("/admin/models/download", json={"model_id": "org/tiny"})
         assert code_of(refused) == (403, "downloads_disabled")
         assert server.http.get("/admin/models/downloads").json() == {"downloads": [], "count": 0}
+    assert len(hub.requests) == before

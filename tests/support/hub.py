@@ -90,6 +90,9 @@ class Hub:
         return sum(end - begin for begin, end in self.served[name])
 
     def close(self) -> None:
+        """Idempotent."""
+        if not self._thread.is_alive():
+            return
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
