@@ -159,6 +159,8 @@ class Catalog:
         yield from _in_folder(self._models_dir, simulated=simulated)
         for repo, snapshot in modelfiles.cached_repos(self._hub_cache):
             yield from _in_repo(snapshot, repo, "hub_cache")
+            for folder in modelfiles.gguf_folders(snapshot)[1:]:
+                yield from _ggufs(folder, repo, "hub_cache")
 
 
 def hub_cache_dir() -> Path:
@@ -198,7 +200,11 @@ def _in_repo(folder: Path, repo: str, source: str) -> Iterator[Place]:
     # Repositories of GGUF files often come with the original's config.
     if safetensors or (not files and modelfiles.exists(folder / "config.json")):
         yield Place(repo, folder, source)
-    for path in files:
+    yield from _ggufs(folder, repo, source)
+
+
+def _ggufs(folder: Path, repo: str, source: str) -> Iterator[Place]:
+    for path in filter(_stands_for_a_model, _entries(folder)):
         yield Place(f"{repo}:{gguf_model.stem_of(path.name)}", path, source)
 
 

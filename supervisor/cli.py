@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from supervisor.terminal import give_up_stdout, never_fail_to_encode, plain, print_table
+from supervisor.terminal import give_up_stdout, never_fail_to_encode, plain, print_table, size_text
 
 if TYPE_CHECKING:
     from supervisor.client import Client
@@ -191,10 +191,13 @@ def load(
         bool, typer.Option("--dry-run", help="Tell the memory plan, and load nothing.")
     ] = False,
     wait: Annotated[bool, typer.Option(help="Until it can be used.")] = True,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Download what is not on disk, without asking.")
+    ] = False,
     url: Url = None,
     admin_key: AdminKey = None,
 ) -> None:
-    """Load a model and wait until it is routable."""
+    """Load a model and wait until it is routable; download it first, after a question."""
     model_id, path = _model_to_load(model)
     body = {
         "model_id": model_id,
@@ -211,15 +214,51 @@ def load(
     with _connected(url, admin_key=admin_key) as client:
         try:
             result = client.admin("POST", "/admin/models/load", body)
+            if result.get("status") == "download_required":
+                from supervisor.pull import load_after_question
+
+                result = load_after_question(client, result, yes=yes, wait=wait)
         except KeyboardInterrupt:
             typer.echo("not waiting any more; the load goes on: see opta-lmx ps", err=True)
             raise typer.Exit(130) from None
     if dry_run:
         typer.echo(plain(result["message"]))
         raise typer.Exit(0 if result["fits"] else 1)
+    if result.get("status") == "downloading":
+        typer.echo(f"{result['model_id']} is being downloaded")
+        return
     took = result.get("time_to_load_ms")
     after = "" if took is None else f" in {took / 1000:.1f} s"
     typer.echo(f"{result['model_id']} is {result['readiness']['state']}{after}")
+
+
+@app.command()
+def pull(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
+    """Download a model from the hub: by the server or, if none runs here, without one.
+
+    What has come is kept, whatever ends it: run it again to go on. A server goes on by
+    itself after Ctrl-C.
+    """
+    from supervisor.client import ClientError
+    from supervisor.config import ConfigError
+    from supervisor.pull import pull as pull_model
+
+    try:
+        model_id = pull_model(url, admin_key, model)
+    except (ClientError, ConfigError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("not waiting any more; a server goes on, else run it again to go on", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{plain(model_id)} is here, and verified")
+
+
+@app.command()
+def rm(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
+    """Delete a model's files."""
+    with _connected(url, admin_key=admin_key) as client:
+        result = client.remove(model)
+    typer.echo(f"{result['model_id']} deleted, {size_text(result['freed_bytes'])} freed")
 
 
 @app.command()

@@ -24,6 +24,10 @@ class ClientError(Exception):
         self.code = code
 
 
+class NoServer(ClientError):
+    """Nobody listens there."""
+
+
 def default_url() -> str:
     """This machine's server, on the port that the environment gives to ``serve`` as well."""
     port = os.environ.get("OPTA_LMX_PORT") or "8000"
@@ -177,6 +181,10 @@ class Client:
     def release(self, model_id: str) -> Any:
         return self.admin("POST", f"/admin/models/{_quoted(model_id)}/release")
 
+    def remove(self, model_id: str) -> Any:
+        """Delete a model's files."""
+        return self.admin("DELETE", f"/admin/models/{_quoted(model_id)}")
+
     def check_model(self, model_id: str) -> None:
         """Raise what a question to this model would be refused with."""
         path = f"{self._url}/v1/models/{_quoted(model_id)}"
@@ -206,7 +214,7 @@ class Client:
 
     def _unreachable(self, error: Exception) -> ClientError:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            return ClientError(f"no server at {self._url}: {error}. Start one with: opta-lmx serve")
+            return NoServer(f"no server at {self._url}: {error}. Start one with: opta-lmx serve")
         return ClientError(f"the connection to {self._url} failed: {error}")
 
 

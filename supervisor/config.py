@@ -191,6 +191,7 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
             require(name, 0 < getattr(settings, name) < 1e9, "a positive number of seconds")
     for name in ("max_body_bytes", "max_queue", "max_stream_buffer_bytes", "max_sequences"):
         require(name, getattr(settings, name) >= 1, "at least 1")
+    require("max_downloads", settings.max_downloads >= 1, "at least 1")
     require("failure_threshold", settings.failure_threshold >= 1, "at least 1")
     for name in ("threads", "context_length", "memory_budget_bytes"):
         value = getattr(settings, name)
@@ -203,9 +204,13 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
         "response_store_max_bytes",
         "safe_start_after",
         "warm_spares",
+        "download_disk_reserve_bytes",
     ):
         require(name, getattr(settings, name) >= 0, "at least 0")
     require("draft_tokens", 0 <= settings.draft_tokens <= 64, "from 0 to 64")
+    endpoint = settings.hub_endpoint
+    is_url = endpoint is None or endpoint.startswith(("http://", "https://"))
+    require("hub_endpoint", is_url, "an http:// or https:// address")
     for name in ("admin_key", "api_key"):
         require(name, _is_key(getattr(settings, name)), "printable ASCII without spaces, not empty")
     if settings.admin_key is not None and settings.admin_key == settings.api_key:

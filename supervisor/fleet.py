@@ -17,6 +17,7 @@ from protocol.messages import Detokenize, Detokenized, Job, Tokenize, Tokenized
 from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.autoload import Autoload, ReportAutoload
+from supervisor.downloads.downloads import Downloads
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.idle_watch import IdleWatch
 from supervisor.ids import complaint_about_id
@@ -59,6 +60,7 @@ class Fleet:
         self._on_autoload = on_autoload
         self._services = services = open_services(settings, metrics)
         self._accounts = services.accounts
+        self.downloads = Downloads(settings, services.server_mark, self.load)
         # Nobody else runs workers of this home: its lock is ours.
         swept = [*services.ledger.sweep(), *kill_marked(home_mark(settings.home))]
         if left := await_gone(swept, SWEEP_TIMEOUT_S):
@@ -261,6 +263,7 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         try:
+            await self.downloads.stop()
             for actor in list(self._actors.values()):
                 actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
             await self._prober.stop()

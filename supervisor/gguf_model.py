@@ -49,14 +49,16 @@ def find_first_part(folder: Path, stem: str) -> Path | None:
 
 def parts_of(path: Path) -> list[Path]:
     """All files of the model that this one is, or is a part of, whether they are there or not."""
-    part = _PART.fullmatch(path.name)
+    return [path.with_name(name) for name in names_of_parts(path.name)]
+
+
+def names_of_parts(name: str) -> list[str]:
+    """As ``parts_of``, by name alone."""
+    part = _PART.fullmatch(name)
     if part is None or not 1 <= int(part["count"]) <= _MAX_PARTS:
-        return [path]
+        return [name]
     count = part["count"]
-    return [
-        path.with_name(f"{part['stem']}-{number:05}-of-{count}.gguf")
-        for number in range(1, int(count) + 1)
-    ]
+    return [f"{part['stem']}-{number:05}-of-{count}.gguf" for number in range(1, int(count) + 1)]
 
 
 def read_model(path: Path) -> tuple[Traits, list[Path]]:

@@ -10,10 +10,13 @@ MAX_PATH_CHARS = 4096
 #: ``/admin/models/{id}`` has routes of these names.
 RESERVED = frozenset(
     {
-        *("available", "download", "downloads", "load", "probe", "unload"),
+        *("available", "download", "downloads", "load", "load/confirm", "probe", "unload"),
         *("compatibility", "compatibility/recommendations", "compatibility/regressions"),
     }
 )
+
+#: So have downloads, below this.
+_RESERVED_BELOW = "download/"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -32,6 +35,8 @@ def complaint_about_id(model_id: str) -> str | None:
         return "must not contain '.' or '..' as a path segment"
     if model_id in RESERVED:
         return f"must not be {model_id!r}, which is the name of a route"
+    if model_id.startswith(_RESERVED_BELOW):
+        return f"must not begin with {_RESERVED_BELOW!r}, where downloads have their routes"
     return None
 
 

@@ -124,15 +124,38 @@ def cached_repos(hub_cache: Path) -> Iterator[tuple[str, Path]]:
             yield repo, snapshot
 
 
+def cached_name(repo: str) -> str:
+    """The name of a repository's folder in the hub's cache."""
+    return f"{_CACHED}{repo.replace('/', '--')}"
+
+
 def _find_cached(model_id: str, hub_cache: Path) -> Path | None:
     repo, _, stem = canonical_id(model_id).partition(":")
-    if PurePosixPath(repo).is_absolute() or "--" in repo:
-        return None
-    snapshot = _snapshot(hub_cache / f"{_CACHED}{repo.replace('/', '--')}")
+    snapshot = cached_snapshot(hub_cache, repo)
     if snapshot is None or not stem:
         return snapshot
-    whole = snapshot / f"{stem}.gguf"
-    return whole if exists(whole) else gguf_model.find_first_part(snapshot, stem)
+    for folder in gguf_folders(snapshot):
+        whole = folder / f"{stem}.gguf"
+        found = whole if exists(whole) else gguf_model.find_first_part(folder, stem)
+        if found is not None:
+            return found
+    return None
+
+
+def cached_snapshot(hub_cache: Path, repo: str) -> Path | None:
+    """The folder of the revision that ``main`` of a repository was, if it is in the cache."""
+    if PurePosixPath(repo).is_absolute() or "--" in repo:
+        return None
+    return _snapshot(hub_cache / cached_name(repo))
+
+
+def gguf_folders(snapshot: Path) -> list[Path]:
+    """Where a repository has its GGUF files: in itself, or in a folder for each quantisation."""
+    try:
+        below = sorted(path for path in snapshot.iterdir() if path.is_dir())
+    except OSError:
+        below = []
+    return [snapshot, *below]
 
 
 def _snapshot(folder: Path) -> Path | None:

@@ -13,7 +13,7 @@ from supervisor.traits import Traits, incomplete
 from weights.folder import Folder
 
 #: What loading a model reads, beside its weights.
-_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
+SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
 #: Where huggingface_hub leaves what it has begun to download into a folder.
 _DOWNLOADS = ".cache/huggingface/download"
 _UNFINISHED = "*.incomplete"
@@ -46,7 +46,7 @@ def read_model(path: Path) -> tuple[Traits, list[Path]]:
         ]
         raise incomplete(path.name, folder.problems)
     # Regular files only: opening a pipe would wait for ever.
-    files = sorted(each for each in path.iterdir() if each.suffix in _SUFFIXES and each.is_file())
+    files = sorted(each for each in path.iterdir() if each.suffix in SUFFIXES and each.is_file())
     traits = replace(
         _traits(folder, config, bits, parameters),
         geometry=geometry.of_config(config),

@@ -36,6 +36,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     models: tuple[ModelSetting, ...] = ()
     admin_key: str | None = None
     api_key: str | None = None
+    #: Whether models are downloaded from the hub, when an operator says so.
+    downloads_enabled: bool = True
+    #: Downloads that run at once; further ones wait.
+    max_downloads: int = 2
+    #: The hub; None: where Hugging Face's libraries have it.
+    hub_endpoint: str | None = None
+    #: Of the disk, kept free of downloads.
+    download_disk_reserve_bytes: int = 1_000_000_000
+    #: A transfer that brings nothing for so long is begun anew.
+    download_stall_s: float = 30.0
     #: A non-loopback bind without both keys is refused unless this is set.
     allow_unauthenticated: bool = False
     #: The backend without a model, for tests and the fault harness.

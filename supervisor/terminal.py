@@ -21,6 +21,11 @@ def plain(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
+def size_text(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Columns on stdout: fitted to a terminal, never cut for a pipe."""
     from rich.console import Console

@@ -14,7 +14,7 @@ import pytest
 from steps import cache_dir
 
 from tests.support.client_models import serve_client_models
-from tests.support.server import Server, serve
+from tests.support.server import NO_HUB, Server, serve
 
 # How long an example takes says nothing on a machine that others use as well.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -24,6 +24,9 @@ hypothesis.settings.load_profile("untimed")
 # fast for small models and need none. Set before anything imports mlx, and
 # inherited by every worker process that a test starts.
 os.environ["MLX_DISABLE_COMPILE"] = "1"
+
+# Whatever a test starts by itself: it finds no hub.
+os.environ["HF_ENDPOINT"] = NO_HUB
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORT = ROOT / "tests" / "support"

@@ -15,6 +15,7 @@ import pytest
 
 from supervisor import jsonfile, modelfiles
 from supervisor.runtimes import SIMULATED_VERSION
+from tests.support import hub
 from tests.support.server import Server, polls, serve, write_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,9 @@ RUNBOOK = ROOT / "docs" / "runbook.md"
 
 #: The version of the story's backend that the model of the story was well on.
 EARLIER_VERSION = "0.9"
+
+#: Told with a hub and a real model, by a test of its own.
+DOWNLOAD = "A model that is not on disk"
 
 INCIDENT_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
@@ -149,7 +153,7 @@ def test_an_incident_goes_as_the_runbook_says(home: Path) -> None:
         story: dict[str, Callable[[], None]] = {"Status": walk.crash}
         told = []
         for step in steps():
-            if step.heading in {"Checking an installation"}:
+            if step.heading in {"Checking an installation", DOWNLOAD}:
                 continue
             story.pop(step.heading, lambda: None)()
             walk.take(step)
@@ -159,6 +163,26 @@ def test_an_incident_goes_as_the_runbook_says(home: Path) -> None:
         assert list(dict.fromkeys(told)) == [*order, "Controlled override", "Evidence"]
         # The secret of the request is in nothing that goes into a report.
         assert "a secret" not in server.http.get("/admin/incidents").text
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the runbook uses curl")
+def test_a_download_goes_as_the_runbook_says(tmp_path: Path, tiny_gguf: Path) -> None:
+    told = [step for step in steps() if step.heading == DOWNLOAD]
+    with hub.running() as loopback:
+        files = {f"small-{name}.gguf": tiny_gguf.read_bytes() for name in ("Q4_K_M", "Q8_0")}
+        loopback.add("org/small", files)
+        settings = {
+            "OPTA_LMX_HUB_ENDPOINT": loopback.url,
+            "OPTA_LMX_HUB_CACHE_DIR": str(tmp_path / "cache"),
+            "OPTA_LMX_DOWNLOAD_DISK_RESERVE_BYTES": "0",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        with serve(tmp_path / "home", **settings) as server:
+            walk = Walk(server)
+            for step in told:
+                walk.take(step)
+    assert len(told) == 5
+    assert loopback.served.keys() == {"small-Q8_0.gguf"}
 
 
 def test_checking_an_installation_names_what_is_there() -> None:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from protocol.errors import CodedError
 from supervisor.gate import LoadSpec
 from supervisor.gateway.body import read_json
+from supervisor.gateway.downloads import load_from_hub
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import invalid, json_response
 from supervisor.gateway.openai.models import is_routable
@@ -30,7 +31,7 @@ class LoadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     path: _Name | None = None
     backend: _Name | None = None
     allow_unsupported_runtime: bool | None = None
-    #: For when downloads exist; until then a model that is not on disk is not found.
+    #: Download what is not on disk, without a question.
     auto_download: bool | None = None
     keep_alive_sec: Annotated[int, Meta(ge=0)] | None = None
     context_length: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
@@ -53,7 +54,8 @@ _unload_decoder = msgspec.json.Decoder(UnloadRequest)
 
 
 async def load_model(gateway: Gateway, call: Call) -> Response:
-    """200 once routable; 202 ``loading`` when the caller does not wait.
+    """200 once routable; 202 ``loading`` when the caller does not wait; 202 of
+    ``downloads`` for what is not on disk.
 
     A client that goes away while it waits changes nothing: the load goes on.
     """
@@ -72,7 +74,20 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
     )
     if request.dry_run:
         return json_response(await gateway.fleet.plan(spec))
-    if request.wait is not False:
+
+    async def load(spec: LoadSpec) -> Response:
+        return await _load(gateway, call, spec, wait=request.wait is not False)
+
+    try:
+        return await load(spec)
+    except CodedError as refusal:
+        return await load_from_hub(
+            gateway, refusal, spec, load, consent=bool(request.auto_download), wait=request.wait
+        )
+
+
+async def _load(gateway: Gateway, call: Call, spec: LoadSpec, *, wait: bool) -> Response:
+    if wait:
         result = await gateway.fleet.load(spec)
         call.model = result.model_id
         return json_response(result)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.fleet import Fleet
-from supervisor.gateway import admin, health, records, tokens
+from supervisor.gateway import admin, downloads, health, records, tokens
 from supervisor.gateway.anthropic import messages
 from supervisor.gateway.anthropic.errors import refusal
 from supervisor.gateway.auth import Guard, Side
@@ -106,6 +106,11 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
         route("/admin/models/available", Side.ADMIN, {"GET": records.available_models}),
         route("/admin/models/load", Side.ADMIN, {"POST": admin.load_model}),
         route("/admin/models/probe", Side.ADMIN, {"POST": probe_model}),
+        route(downloads.CONFIRM, Side.ADMIN, {"POST": downloads.confirm_load}),
+        route("/admin/models/download", Side.ADMIN, {"POST": downloads.download_model}),
+        route("/admin/models/downloads", Side.ADMIN, {"GET": downloads.list_downloads}),
+        route(downloads.PROGRESS, Side.ADMIN, {"GET": downloads.get_progress}),
+        route("/admin/models/download/{id}", Side.ADMIN, {"DELETE": downloads.cancel_download}),
         route("/admin/models/unload", Side.ADMIN, {"POST": admin.unload_model}),
         route("/admin/models/compatibility", Side.ADMIN, {"GET": records.compatibility}),
         route(
@@ -122,7 +127,11 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
             Endpoint(gateway, Side.ADMIN, release, {"POST": admin.release_model}),
             methods=["POST"],
         ),
-        route("/admin/models/{id:path}", Side.ADMIN, {"GET": admin.get_model}),
+        route(
+            "/admin/models/{id:path}",
+            Side.ADMIN,
+            {"GET": admin.get_model, "DELETE": downloads.delete_model},
+        ),
     ]
 
 

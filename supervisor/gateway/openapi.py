@@ -17,11 +17,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from protocol.errors import ErrorCode
+from supervisor.downloads.operation import DownloadView
 from supervisor.gateway.admin import LoadRequest, UnloadRequest
 from supervisor.gateway.anthropic.answers import Message
 from supervisor.gateway.anthropic.messages import TokenCount
 from supervisor.gateway.anthropic.parameters import MessageRequest, PromptRequest
 from supervisor.gateway.auth import Side
+from supervisor.gateway.downloads import CONFIRM, PROGRESS, ConfirmRequest, DownloadRequest
 from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler
 from supervisor.gateway.errors import JSON_TYPE, status_of
 from supervisor.gateway.openai import responses_answers
@@ -84,6 +86,10 @@ BODIES: Mapping[str, Body] = {
     "/detokenize": Body(DetokenizeRequest, Text),
     "/v1/models/{id:path}": Body(None, Model),
     "/admin/models/load": Body(LoadRequest, LoadResult),
+    CONFIRM: Body(ConfirmRequest),
+    "/admin/models/download": Body(DownloadRequest),
+    PROGRESS: Body(None, DownloadView, streams=True),
+    "/admin/models/download/{id}": Body(None, DownloadView),
     "/admin/models/unload": Body(UnloadRequest),
     "/admin/models/probe": Body(ProbeRequest, ProbeResult),
     "/admin/models/{id:path}/release": Body(None),
@@ -107,6 +113,9 @@ _QUERIES: Mapping[str, Sequence[str]] = {
 _READING = (400, 408, 413, 415)
 _OF_MODELS = (404, 409, 422)
 _OF_REQUESTS = (429, 503)
+_OF_DOWNLOADS = (502, 507)
+#: What may begin a download.
+_DOWNLOADING = ("/admin/models/load", CONFIRM, "/admin/models/download")
 
 
 class _Scheme(NamedTuple):
@@ -207,9 +216,12 @@ def _answers(path: str, body: Body, references: _References) -> dict[str, Any]:
     if body.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     answers = {"200": {"description": "done", "content": content}}
-    if body.request is LoadRequest:
-        begun = {JSON_TYPE: {"schema": {"type": "object"}}}
-        answers["202"] = {"description": "the load is under way", "content": begun}
+    begun = {JSON_TYPE: {"schema": {"type": "object"}}}
+    if path in _DOWNLOADING:
+        answers["202"] = {
+            "description": "it is under way, or has to be confirmed",
+            "content": begun,
+        }
     return answers
 
 
@@ -223,6 +235,8 @@ def _statuses(path: str, method: str, side: Side, body: Body) -> set[int]:
         statuses |= {400}
     if method == "POST" or "{" in path:
         statuses |= {*_OF_MODELS}
+    if path in _DOWNLOADING:
+        statuses |= {*_OF_DOWNLOADS}
     if body.streams or path in ("/readyz", "/admin/models/load", "/admin/models/probe"):
         statuses |= {*_OF_REQUESTS}
     return statuses

@@ -22,6 +22,8 @@ from protocol.messages import (
     Tokenize,
     Tokenized,
 )
+from supervisor.downloads.downloads import Asked, Downloads
+from supervisor.downloads.operation import Operation
 from supervisor.fleet import Fleet
 from supervisor.gate import LoadSpec
 from supervisor.probe import ProbeSpec
@@ -106,6 +108,18 @@ class Submitted:
         self.stream.fail(CodedError(code, message))
 
 
+class NoDownloads(Downloads):
+    """A hub that has nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def offer(
+        self, refusal: CodedError, spec: LoadSpec, *, consent: bool
+    ) -> LoadSpec | Operation | Asked:
+        raise refusal
+
+
 @dataclass
 class FakeRecords(Records):
     """Knows what is ``on_disk``, and keeps what it is asked."""
@@ -175,6 +189,7 @@ class FakeFleet(Fleet):
     max_buffer_bytes: int | None = None
     capacity: int | None = None
     on_start: Callable[[], None] | None = None
+    downloads: Downloads = field(default_factory=NoDownloads)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, model: ModelView) -> None:

@@ -19,11 +19,19 @@ import psutil
 
 from worker.faults import FAULTS_ENV
 
-#: Longest that a server may take to listen, a model to load, a state to come.
-TIMEOUT_S = 60.0
+#: No test asks a hub beyond this machine: nobody listens there.
+NO_HUB = "http://127.0.0.1:9"
 
 #: Spare workers are there where a test is about them: others count the workers.
-_SURROUNDINGS = {"PYTHONUNBUFFERED": "1", FAULTS_ENV: "1", "OPTA_LMX_WARM_SPARES": "0"}
+_SURROUNDINGS = {
+    "PYTHONUNBUFFERED": "1",
+    FAULTS_ENV: "1",
+    "OPTA_LMX_HUB_ENDPOINT": NO_HUB,
+    "OPTA_LMX_WARM_SPARES": "0",
+}
+
+#: Longest that a server may take to listen, a model to load, a state to come.
+TIMEOUT_S = 60.0
 
 
 class Server:

@@ -25,6 +25,8 @@ ONLY_IN = {
     "numpy": {"worker/backends/"},
     "jinja2": {"worker/chat/"},
     "llguidance": {"worker/constraints.py"},
+    # Only the program that the supervisor starts for each download.
+    "huggingface_hub": {"supervisor/downloads/engine.py", "supervisor/downloads/hub.py"},
 }
 #: They hold the context that sockets are made from, but make none.
 ONLY_IN["zmq"] |= {
@@ -44,6 +46,7 @@ PURE = (
     "compatibility",
     "regressions",
     "pace",
+    "downloads/selection",
 )
 IMPURE_MODULES = {"asyncio", "zmq", "os", "time", "random", "threading", "subprocess", "pathlib"}
 
@@ -100,6 +103,7 @@ NOT_LEAVES = {
     "client",
     "config",
     "chat_session",
+    "pull",
 }
 
 

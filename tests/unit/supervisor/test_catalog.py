@@ -144,6 +144,20 @@ def test_a_cache_that_is_none(models_dir: Path) -> None:
     assert available(models_dir) == {}
 
 
+def test_a_repository_may_have_a_folder_for_each_quantisation(
+    models_dir: Path, tiny_gguf: Path
+) -> None:
+    snapshot = cache(models_dir.parent / "hub", "far/many")
+    (snapshot / "Q4").mkdir()
+    shutil.copy(tiny_gguf, snapshot / "Q4" / "many-Q4.gguf")
+    (snapshot / "1_Pooling").mkdir()
+    (snapshot / "1_Pooling" / "config.json").write_text("{}")
+    (model,) = available(models_dir).values()
+    assert (model.id, model.complete) == ("far/many:many-Q4", True)
+    found = modelfiles.find(model.id, models_dir, models_dir.parent / "hub")
+    assert found == Path(model.path)
+
+
 def test_where_the_hubs_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -171,6 +171,7 @@ async def test_bad_loads(
         *("a/", "a//b", "a/./b", "..", "a/../b", "a:../b"),
         *("load", "unload", "compatibility", "available", "download", "downloads", "probe"),
         *("compatibility/recommendations", "compatibility/regressions"),
+        *("load/confirm", "download/x", "download/x/progress"),
     ],
 )
 async def test_ids_that_could_not_be_addressed(

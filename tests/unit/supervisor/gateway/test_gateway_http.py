@@ -82,7 +82,7 @@ async def test_unknown_route(client: httpx.AsyncClient) -> None:
         ("DELETE", "/healthz", "GET, HEAD"),
         ("GET", "/admin/models/load", "POST"),
         ("POST", "/admin/models/compatibility", "GET, HEAD"),
-        ("PUT", "/admin/models/org/name/release", "GET, HEAD"),
+        ("PUT", "/admin/models/org/name/release", "DELETE, GET, HEAD"),
     ],
 )
 async def test_wrong_method(client: httpx.AsyncClient, method: str, path: str, allow: str) -> None:

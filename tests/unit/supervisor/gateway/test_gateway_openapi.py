@@ -47,7 +47,7 @@ def test_every_route_is_described(app: ASGIApp, document: dict[str, Any]) -> Non
     paths = {getattr(route, "path", "").replace(":path", "") for route in app.routes}
     assert document["paths"].keys() == paths
     assert document["paths"]["/admin/models/{id}/release"].keys() == {"post"}
-    assert document["paths"]["/admin/models/{id}"].keys() == {"get"}
+    assert document["paths"]["/admin/models/{id}"].keys() == {"get", "delete"}
     operations = [each for methods in document["paths"].values() for each in methods.values()]
     assert len({each["operationId"] for each in operations}) == len(operations)
 
