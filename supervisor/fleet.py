@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,7 +18,7 @@ from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.autoload import Autoload, ReportAutoload
 from supervisor.compatibility import Record, recommendations
-from supervisor.gate import Gate, LoadSpec, ModelSpec
+from supervisor.gate import NO_OPTIONS, Gate, LoadSpec, ModelSpec
 from supervisor.idle_watch import IdleWatch
 from supervisor.ids import complaint_about_id
 from supervisor.incidents import Incident
@@ -160,13 +160,17 @@ class Fleet:
         found = await self._gate.available()
         return {"models": found, "count": len(found)}
 
+    async def loadable(self, kind: str) -> list[str]:
+        """See ``Gate.loadable``."""
+        return await self._gate.loadable(kind)
+
     # --- requests ---
 
-    async def prepare(self, model_id: str) -> None:
+    async def prepare(self, model_id: str, options: Mapping[str, Any] = NO_OPTIONS) -> None:
         """With ``load_on_demand``, begin to load a model that is on disk and not loaded.
 
-        Raises as a load does, but for an id that nothing is known of: ``submit`` does.
-        Absolute paths are for operators only.
+        ``options`` are fields of the ``LoadSpec``. Raises as a load does, but for an id that
+        nothing is known of: ``submit`` does. Absolute paths are for operators only.
         """
         actor = self._actors.get(model_id)
         if (
@@ -178,7 +182,7 @@ class Fleet:
             return
         # As it was loaded before, but for what an operator has to say each time.
         known = self._last_loads.get(model_id, LoadSpec(model_id=model_id))
-        spec = msgspec.structs.replace(known, allow_unsupported_runtime=False)
+        spec = msgspec.structs.replace(known, allow_unsupported_runtime=False, **options)
         if complaint_about_id(model_id) or self._gate.id_of(spec) != model_id:
             return
         try:
@@ -188,7 +192,8 @@ class Fleet:
                     return  # by another name it is loaded already
             await self._admit(spec)
         except CodedError as error:
-            if error.code is not ErrorCode.MODEL_NOT_FOUND:
+            # A conflict: somebody else's load with other options was quicker, and will do.
+            if error.code not in (ErrorCode.MODEL_NOT_FOUND, ErrorCode.MODEL_CONFLICT):
                 raise
 
     def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:

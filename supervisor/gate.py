@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 
@@ -21,6 +22,9 @@ from supervisor.settings import ModelSetting, Settings
 
 #: A backend that a load names may be anything; what is longer is none.
 MAX_BACKEND_CHARS = 64
+
+#: Of a load that asks for nothing in particular.
+NO_OPTIONS: Mapping[str, Any] = {}
 
 
 class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +102,16 @@ class Gate:
         """What is on this machine, loaded or not; see ``catalog``."""
         installed = await self.installed()
         return await asyncio.to_thread(self._catalog.available, installed)
+
+    async def loadable(self, kind: str) -> list[str]:
+        """Complete models of this kind that a backend here could run: the configured ones in
+        their order, or if there are none the others in that of ids."""
+        found = [
+            model.id
+            for model in await self.available()
+            if model.kind == kind and any(option.usable for option in model.backends)
+        ]
+        return [each for each in self._configured if each in found] or found
 
     async def installed(self) -> dict[str, str | None]:
         """Versions of the backends that are here now, see ``runtimes``."""
@@ -218,8 +232,7 @@ def _absolute(path: str) -> Path:
 
 def _resolve(setting: ModelSetting) -> tuple[str, ModelSetting]:
     """The id of a configured model, and its setting with an absolute path if it is one."""
-    path = _absolute(setting.path)
-    if not modelfiles.exists(path):
-        return setting.id or setting.path, setting
-    model_id = setting.id or modelfiles.default_id(path)
-    return model_id, msgspec.structs.replace(setting, path=str(path))
+    model_id, path = modelfiles.configured_id(setting), _absolute(setting.path)
+    if modelfiles.exists(path):
+        setting = msgspec.structs.replace(setting, path=str(path))
+    return model_id, setting

@@ -16,6 +16,7 @@ from supervisor.gateway.body import read_json
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response
 from supervisor.gateway.openai.models import is_routable
+from supervisor.gateway.presets import load_by_name
 from supervisor.ids import complaint_about_id, complaint_about_path
 from supervisor.views import LoadResult, ModelView
 
@@ -75,10 +76,10 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
         draft_model=request.draft_model,
     )
     if request.wait is not False:
-        result = await gateway.fleet.load(spec)
+        result = await load_by_name(gateway, spec, gateway.fleet.load)
         call.model = result.model_id
         return json_response(result)
-    view = await gateway.fleet.start_load(spec)
+    view = await load_by_name(gateway, spec, gateway.fleet.start_load)
     call.model = view.id
     if is_routable(view):
         return json_response(_already_loaded(view))

@@ -16,8 +16,9 @@ from starlette.routing import BaseRoute, Route, Router, WebSocketRoute
 from starlette.types import ASGIApp
 
 from protocol.errors import CodedError, ErrorCode
+from supervisor.config import names_of
 from supervisor.fleet import Fleet
-from supervisor.gateway import admin, health, tokens
+from supervisor.gateway import admin, health, presets, tokens
 from supervisor.gateway.anthropic import messages
 from supervisor.gateway.anthropic.errors import refusal
 from supervisor.gateway.auth import Guard, Side
@@ -46,7 +47,9 @@ from supervisor.settings import Settings
 def create_app(fleet: Fleet, settings: Settings, metrics: Metrics) -> ASGIApp:
     """The application; its lifespan starts and stops the fleet."""
     responses = ResponseStore(settings.response_store_max, settings.response_store_max_bytes)
-    gateway = Gateway(fleet, settings, metrics, Guard(settings), RunningCalls(), responses)
+    gateway = Gateway(
+        fleet, settings, names_of(settings), metrics, Guard(settings), RunningCalls(), responses
+    )
     metrics.watch(fleet.models)
 
     @asynccontextmanager
@@ -112,6 +115,7 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
             {"GET": admin.recommendations},
         ),
         route("/admin/models/compatibility/regressions", Side.ADMIN, {"GET": admin.regressions}),
+        route("/admin/presets", Side.ADMIN, {"GET": presets.list_presets}),
         route("/admin/incidents", Side.ADMIN, {"GET": admin.list_incidents}),
         route("/admin/incidents/{id}", Side.ADMIN, {"GET": admin.get_incident}),
         # Only for POST, so that a model called "org/release" can still be looked at.

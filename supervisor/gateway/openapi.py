@@ -31,6 +31,7 @@ from supervisor.gateway.openai.completions import CompletionRequest
 from supervisor.gateway.openai.embeddings import EmbeddingRequest
 from supervisor.gateway.openai.models import Model
 from supervisor.gateway.openai.responses_request import ResponseRequest
+from supervisor.gateway.presets import Presets
 from supervisor.gateway.rerank import Ranking, RerankRequest
 from supervisor.gateway.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from supervisor.gateway.websocket import CHAT_STREAM
@@ -82,6 +83,7 @@ BODIES: Mapping[str, Body] = {
     "/tokenize": Body(TokenizeRequest, Tokens),
     "/detokenize": Body(DetokenizeRequest, Text),
     "/v1/models/{id:path}": Body(None, Model),
+    "/admin/presets": Body(None, Presets),
     "/admin/models/load": Body(LoadRequest, LoadResult),
     "/admin/models/unload": Body(UnloadRequest),
     "/admin/models/{id:path}/release": Body(None),

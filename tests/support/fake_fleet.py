@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -23,7 +24,7 @@ from protocol.messages import (
     Tokenized,
 )
 from supervisor.fleet import Fleet
-from supervisor.gate import LoadSpec
+from supervisor.gate import NO_OPTIONS, LoadSpec
 from supervisor.stream import RequestStream
 from supervisor.views import LoadResult, ModelView, ReadinessView
 
@@ -122,6 +123,12 @@ class FakeFleet(Fleet):
     inquiries_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     inquiries_called_off: int = 0
     loads: list[LoadSpec] = field(default_factory=list)
+    prepared: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    preparation_may_end: asyncio.Event | None = None
+    #: What ``loadable`` tells.
+    unloaded_models: list[str] = field(default_factory=list)
+    #: What ``submit`` and inquiries say of single models.
+    refusals: dict[str, CodedError] = field(default_factory=dict)
     queries: list[dict[str, object]] = field(default_factory=list)
     why_safe: str | None = None
     on_disk: list[dict[str, object]] = field(default_factory=list)
@@ -144,12 +151,22 @@ class FakeFleet(Fleet):
             await self._news.wait()
         return self.requests[number]
 
+    async def preparation(self, number: int = 0) -> str:
+        """Wait until the model with this number is prepared for a request; its id."""
+        while len(self.prepared) <= number:
+            self._news.clear()
+            await self._news.wait()
+        return self.prepared[number][0]
+
     async def loading(self, number: int = 0) -> LoadSpec:
         """Wait for the load with this number."""
         while len(self.loads) <= number:
             self._news.clear()
             await self._news.wait()
         return self.loads[number]
+
+    async def loadable(self, kind: str) -> list[str]:
+        return self.unloaded_models
 
     def models(self) -> list[ModelView]:
         return [self.views[model_id] for model_id in sorted(self.views)]
@@ -167,11 +184,16 @@ class FakeFleet(Fleet):
     def safe_start(self) -> str | None:
         return self.why_safe
 
-    async def prepare(self, model_id: str) -> None:
-        pass
+    async def prepare(self, model_id: str, options: Mapping[str, Any] = NO_OPTIONS) -> None:
+        self.prepared.append((model_id, dict(options)))
+        self._news.set()
+        if self.preparation_may_end is not None:
+            await self.preparation_may_end.wait()
 
     def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
         self.model(model_id)
+        if model_id in self.refusals:
+            raise self.refusals[model_id]
         if self.bug is not None:
             raise self.bug
         if self.refusal is not None:
@@ -214,8 +236,8 @@ class FakeFleet(Fleet):
 
     async def _inquire(self, model_id: str, inquiry: Inquiry) -> None:
         self.model(model_id)
-        if self.refusal is not None:
-            raise self.refusal
+        if (refusal := self.refusals.get(model_id) or self.refusal) is not None:
+            raise refusal
         self.inquiries.append(inquiry)
         self._news.set()
         if self.script is None:
@@ -233,8 +255,8 @@ class FakeFleet(Fleet):
         return self.inquiries[number]
 
     async def start_load(self, spec: LoadSpec) -> ModelView:
-        if self.refusal is not None:
-            raise self.refusal
+        if (refusal := self.refusals.get(spec.model_id) or self.refusal) is not None:
+            raise refusal
         self.loads.append(spec)
         self._news.set()
         self.views.setdefault(spec.model_id, view(spec.model_id, "loading"))

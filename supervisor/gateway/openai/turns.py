@@ -14,6 +14,10 @@ from supervisor.gateway.openai.parameters import invalid_value, unsupported
 _RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
+#: Of the turns that tell a model how to behave.
+SYSTEM_ROLES = frozenset({"system", "developer"})
+
+
 class Part(msgspec.Struct):
     type: str
     text: str | None = None
