@@ -160,10 +160,6 @@ class Fleet:
         found = await self._gate.available()
         return {"models": found, "count": len(found)}
 
-    async def loadable(self, kind: str) -> list[str]:
-        """See ``Gate.loadable``."""
-        return await self._gate.loadable(kind)
-
     # --- requests ---
 
     async def prepare(self, model_id: str, options: Mapping[str, Any] = NO_OPTIONS) -> None:
@@ -270,6 +266,15 @@ class Fleet:
         for key in keys:
             self._accounts.put(key, release(self._accounts.get(key)))
 
+    def adopting(self, settings: Settings) -> Callable[[], None]:
+        """Look for what new settings name; what is returned makes them take effect at once."""
+        gate = self._gate.successor(settings)
+
+        def adopt() -> None:
+            self._services.settings, self._gate = settings, gate
+
+        return adopt
+
     async def start(self) -> None:
         """Begin loading the configured models, one after the other, in the background."""
         self._janitor = Janitor(self._services.server_mark)
@@ -284,7 +289,7 @@ class Fleet:
             low_water=settings.memory_low_water_bytes,
         )
         self._memory_watch = asyncio.create_task(watch.run(), name="memory watch")
-        idle = IdleWatch(self._actors, settings.keep_alive_sec)
+        idle = IdleWatch(self._actors, lambda: self._services.settings.keep_alive_sec)
         self._idle_watch = asyncio.create_task(idle.run(), name="idle watch")
 
     async def stop(self) -> None:

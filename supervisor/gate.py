@@ -74,6 +74,10 @@ class Gate:
             settings.effective_models_dir, self._hub_cache, self._configured, blocklist
         )
 
+    def successor(self, settings: Settings) -> Gate:
+        """One that goes by other settings."""
+        return Gate(settings, self._registry, self._blocklist)
+
     @property
     def configured(self) -> list[LoadSpec]:
         """The loads the settings ask for."""
@@ -102,16 +106,6 @@ class Gate:
         """What is on this machine, loaded or not; see ``catalog``."""
         installed = await self.installed()
         return await asyncio.to_thread(self._catalog.available, installed)
-
-    async def loadable(self, kind: str) -> list[str]:
-        """Complete models of this kind that a backend here could run: the configured ones in
-        their order, or if there are none the others in that of ids."""
-        found = [
-            model.id
-            for model in await self.available()
-            if model.kind == kind and any(option.usable for option in model.backends)
-        ]
-        return [each for each in self._configured if each in found] or found
 
     async def installed(self) -> dict[str, str | None]:
         """Versions of the backends that are here now, see ``runtimes``."""

@@ -39,7 +39,9 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     cache_prompt: bool | None = None
 
 
-class PresetParameters(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+class PresetParameters(
+    SamplingFields, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """What a request that does not say otherwise is taken to say."""
 
     #: Variables of the model's chat template; a request's own come first, one by one.
@@ -53,7 +55,7 @@ class PresetParameters(SamplingFields, kw_only=True, forbid_unknown_fields=True)
         return None
 
 
-class PresetLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PresetLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the model is loaded when a load names the preset, or a request does that loads it."""
 
     backend: _Name | None = None
@@ -67,7 +69,9 @@ class PresetLoad(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {name: value for name, value in _given(self) if value is not None}
 
 
-class Preset(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Preset(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """``model`` is an id, an alias, or a list of them, of which the first that can serve does.
 
     ``system_prompt`` is for requests without one.

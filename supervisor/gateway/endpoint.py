@@ -60,6 +60,9 @@ class Gateway(msgspec.Struct, eq=False):
     guard: Guard
     running: RunningCalls
     responses: ResponseStore
+    #: Reads the settings as at the start; raises ``ConfigError``.
+    reread: Callable[[], Settings]
+    reloading: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
 
 
 class Call(Request):

@@ -32,6 +32,7 @@ from supervisor.gateway.openai.embeddings import EmbeddingRequest
 from supervisor.gateway.openai.models import Model
 from supervisor.gateway.openai.responses_request import ResponseRequest
 from supervisor.gateway.presets import Presets
+from supervisor.gateway.reload import RELOAD, Reloaded
 from supervisor.gateway.rerank import Ranking, RerankRequest
 from supervisor.gateway.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from supervisor.gateway.websocket import CHAT_STREAM
@@ -84,6 +85,7 @@ BODIES: Mapping[str, Body] = {
     "/detokenize": Body(DetokenizeRequest, Text),
     "/v1/models/{id:path}": Body(None, Model),
     "/admin/presets": Body(None, Presets),
+    RELOAD: Body(None, Reloaded),
     "/admin/models/load": Body(LoadRequest, LoadResult),
     "/admin/models/unload": Body(UnloadRequest),
     "/admin/models/{id:path}/release": Body(None),
@@ -219,7 +221,7 @@ def _statuses(path: str, method: str, side: Side, body: Body) -> set[int]:
         statuses |= {401}
     if body.request is not None:
         statuses |= {*_READING}
-    if path in _QUERIES or path == CHAT_STREAM:
+    if path in _QUERIES or path in (CHAT_STREAM, RELOAD):
         statuses |= {400}
     if method == "POST" or "{" in path:
         statuses |= {*_OF_MODELS}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from protocol.errors import CodedError, ErrorCode
+from supervisor.catalog import AvailableModel
 from supervisor.gate import NO_OPTIONS
 from supervisor.gateway.candidates import Attempt, Candidates
 from supervisor.gateway.endpoint import Gateway
@@ -15,7 +16,7 @@ from supervisor.views import ModelView
 #: What a model is for, by ``ModelView.kind``; before it is loaded that is not known.
 GENERATE = "generate"
 
-#: Models that ``auto`` tries to load at most: not everything that is on the disk.
+#: Models that ``auto`` tries to load at most when none is configured: not the whole disk.
 MAX_LOADED = 3
 
 T = TypeVar("T")
@@ -43,9 +44,7 @@ async def _with_any(gateway: Gateway, name: str, ids: list[str], kind: str) -> l
     at = ids.index(ANY)
     found = any_of([_known(gateway, view, kind) for view in gateway.fleet.models()])
     if not found and gateway.settings.load_on_demand:
-        quarantined = {view.id for view in gateway.fleet.models()}
-        loadable = await gateway.fleet.loadable(kind)
-        found = [each for each in loadable if each not in quarantined][:MAX_LOADED]
+        found = await _loadable(gateway, kind)
     expanded = list(dict.fromkeys([*ids[:at], *found, *ids[at + 1 :]]))
     if not expanded:
         on_demand = "" if gateway.settings.load_on_demand else ", and none is loaded on demand"
@@ -55,6 +54,22 @@ async def _with_any(gateway: Gateway, name: str, ids: list[str], kind: str) -> l
             param="model",
         )
     return expanded
+
+
+async def _loadable(gateway: Gateway, kind: str) -> list[str]:
+    """What is on disk and could be loaded: the configured models, or if there are none others."""
+    available = cast("list[AvailableModel]", (await gateway.fleet.available())["models"])
+    # Those that are tracked have been found to be no help.
+    tracked = {view.id for view in gateway.fleet.models()}
+    found = [
+        model.id
+        for model in available
+        if model.kind == kind
+        and model.id not in tracked
+        and any(option.usable for option in model.backends)
+    ]
+    configured = [each for each in gateway.names.configured if each in found]
+    return configured or found[:MAX_LOADED]
 
 
 def standing_of(gateway: Gateway, model_id: str) -> Standing:

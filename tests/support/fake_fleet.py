@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from protocol.messages import (
 )
 from supervisor.fleet import Fleet
 from supervisor.gate import NO_OPTIONS, LoadSpec
+from supervisor.settings import Settings
 from supervisor.stream import RequestStream
 from supervisor.views import LoadResult, ModelView, ReadinessView
 
@@ -125,13 +126,12 @@ class FakeFleet(Fleet):
     loads: list[LoadSpec] = field(default_factory=list)
     prepared: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     preparation_may_end: asyncio.Event | None = None
-    #: What ``loadable`` tells.
-    unloaded_models: list[str] = field(default_factory=list)
+    adopted: Settings | None = None
     #: What ``submit`` and inquiries say of single models.
     refusals: dict[str, CodedError] = field(default_factory=dict)
     queries: list[dict[str, object]] = field(default_factory=list)
     why_safe: str | None = None
-    on_disk: list[dict[str, object]] = field(default_factory=list)
+    on_disk: Sequence[object] = field(default_factory=list)
     load_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     finished_loads: int = 0
     started: bool = False
@@ -164,9 +164,6 @@ class FakeFleet(Fleet):
             self._news.clear()
             await self._news.wait()
         return self.loads[number]
-
-    async def loadable(self, kind: str) -> list[str]:
-        return self.unloaded_models
 
     def models(self) -> list[ModelView]:
         return [self.views[model_id] for model_id in sorted(self.views)]
@@ -283,6 +280,12 @@ class FakeFleet(Fleet):
         if self.model(model_id).readiness.state != "quarantined":
             raise CodedError(ErrorCode.MODEL_CONFLICT, f"{model_id} is not quarantined")
         del self.views[model_id]
+
+    def adopting(self, settings: Settings) -> Callable[[], None]:
+        def adopt() -> None:
+            self.adopted = settings
+
+        return adopt
 
     async def available(self) -> dict[str, object]:
         return {"models": self.on_disk, "count": len(self.on_disk)}

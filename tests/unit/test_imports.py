@@ -39,6 +39,7 @@ PURE = (
     "compatibility",
     "regressions",
     "pace",
+    "changes",
     "names",
     "presets",
 )

@@ -11,8 +11,10 @@ import pytest
 from starlette.types import ASGIApp
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Tokenize
+from protocol.messages import ModelKind, Tokenize
+from supervisor.catalog import AvailableModel, BackendOption
 from supervisor.presets import Preset, PresetLoad, PresetParameters
+from supervisor.settings import ModelSetting
 from tests.support.asgi import Exchange, MakeApp, events
 from tests.support.fake_fleet import FakeFleet, view
 
@@ -406,20 +408,45 @@ async def test_auto_is_the_model_used_last(client: httpx.AsyncClient, fleet: Fak
 
 async def test_auto_without_a_model_says_so(client: httpx.AsyncClient, fleet: FakeFleet) -> None:
     fleet.views.clear()
-    fleet.unloaded_models = ["on-disk"]
+    fleet.on_disk = [on_disk("on-disk")]
     answer = await ask(client, "auto")
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
     assert "no model is loaded" in error["message"]
 
 
-async def test_auto_loads_what_may_be_loaded(make_app: MakeApp, fleet: FakeFleet) -> None:
+def on_disk(model_id: str, kind: ModelKind = ModelKind.GENERATE) -> AvailableModel:
+    return AvailableModel(
+        id=model_id,
+        path=f"/{model_id}",
+        source="models_dir",
+        format="gguf",
+        complete=True,
+        kind=kind,
+        backends=[BackendOption("llama", "1", usable=True)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "tried"),
+    [
+        ({}, ["first", "second"]),
+        ({"models": (ModelSetting("second"), ModelSetting("elsewhere"))}, ["second"]),
+    ],
+)
+async def test_auto_loads_what_may_be_loaded(
+    make_app: MakeApp, fleet: FakeFleet, settings: dict[str, Any], tried: list[str]
+) -> None:
     fleet.views = {"m": view("m", "quarantined")}
-    fleet.unloaded_models = ["m", "first", "second"]
-    app = make_app(load_on_demand=True)
+    broken = AvailableModel(
+        id="cut", path="/cut", source="models_dir", format="gguf", complete=False
+    )
+    embedding = on_disk("vectors", kind=ModelKind.EMBED)
+    fleet.on_disk = [broken, embedding, *map(on_disk, ("m", "first", "second"))]
+    app = make_app(load_on_demand=True, **settings)
     exchange = Exchange(app, "POST", "/v1/chat/completions", json={"model": "auto", "messages": HI})
     await exchange.finish()
-    assert [model for model, _ in fleet.prepared] == ["first", "second"]
+    assert [model for model, _ in fleet.prepared] == tried
 
 
 # --- what clients and operators see ---
