@@ -8,6 +8,7 @@ A model that is asked for by its id has no other to go to.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Generic, TypeVar
@@ -68,12 +69,16 @@ class Candidates(Generic[T]):
             self._trying = self._left.pop(0)
             try:
                 return await self._attempt(self._trying, self._options)
+            except asyncio.CancelledError:
+                # Whoever waited no longer may come back, and this one was not tried.
+                self._left.insert(0, self._trying)
+                raise
             except CodedError as error:
                 self._hear(error)
 
     async def after(self, error: CodedError) -> T:
         """The one that had it has failed before anything was sent: the next. Raises as ``first``,
-        ``error`` itself if it is no reason to go on."""
+        ``error`` itself if it is no reason to go on. May be called again when it was cancelled."""
         self._hear(error)
         return await self.first()
 
@@ -81,10 +86,12 @@ class Candidates(Generic[T]):
         """Raises unless there is another model to try."""
         if error.code not in PASSED_ON:
             raise error
+        if self._said and self._said[-1][1] is error:
+            return
         self._said.append((self._trying, error))
         crashes = sum(each.code is ErrorCode.MODEL_CRASHED for _, each in self._said)
         if self._left and crashes < MAX_CRASHES:
-            log.info(
+            log.debug(
                 "%s: %s cannot serve (%s), %s is next",
                 *(self._name, self._trying, error.code.value, self._left[0]),
             )

@@ -123,7 +123,12 @@ async def _move_on(
     held = RequestStream(max_buffer_bytes=None, on_close=lambda: None)
     failed, streams[:] = streams[:], [held]
     _let_go(gateway, call, failed)
-    others = await call.candidates.after(error)
+    try:
+        others = await call.candidates.after(error)
+    except asyncio.CancelledError:
+        # Who waits again goes on from here.
+        held.fail(error)
+        raise
     if held.failed:
         _let_go(gateway, call, others)
         await held.accepted()

@@ -111,6 +111,12 @@ _OF_MODELS = (404, 409, 422)
 _OF_REQUESTS = (429, 503)
 
 
+_SERVED_BY: Mapping[str, Any] = {
+    "description": "the id of the model that has answered, if that was known beforehand",
+    "schema": {"type": "string"},
+}
+
+
 class _Scheme(NamedTuple):
     """A way to present a key."""
 
@@ -208,7 +214,9 @@ def _answers(path: str, body: Body, references: _References) -> dict[str, Any]:
     content: dict[str, Any] = {JSON_TYPE: {"schema": schema}}
     if body.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    answers = {"200": {"description": "done", "content": content}}
+    answers: dict[str, Any] = {"200": {"description": "done", "content": content}}
+    if body.request is not None and "model" in body.request.__struct_fields__:
+        answers["200"]["headers"] = {"X-Served-Model": _SERVED_BY}
     if body.request is LoadRequest:
         begun = {JSON_TYPE: {"schema": {"type": "object"}}}
         answers["202"] = {"description": "the load is under way", "content": begun}

@@ -252,6 +252,36 @@ async def test_a_stream_that_was_opened_early_can_move_on(
     assert "Hello" in [chunk["choices"][0]["delta"].get("content") for chunk in chunks]
 
 
+async def test_a_stream_that_is_opened_while_it_moves_on_goes_on_moving(
+    make_app: MakeApp, fleet: FakeFleet
+) -> None:
+    fleet.script = None
+    fleet.add(view("third"))
+    fleet.preparation_may_end = asyncio.Event()
+    fleet.preparation_may_end.set()
+    aliases = {"best": ("big", "m", "third")}
+    app = make_app(aliases=aliases, load_on_demand=True, sse_keepalive_s=0.05)
+    body = {"model": "best", "messages": HI, "stream": True}
+    exchange = Exchange(app, "POST", "/v1/chat/completions", json=body)
+    first = await fleet.request(0)
+    fleet.preparation_may_end.clear()
+    first.fail(ErrorCode.MODEL_UNSTABLE)
+    assert await fleet.preparation(1) == "m"
+    await exchange.wait_for_messages(1)
+    # The wait for an answer that is an error was given up, not the model that was next.
+    assert await fleet.preparation(2) == "m"
+    fleet.preparation_may_end.set()
+    other = await fleet.request(1)
+    other.fail(ErrorCode.MODEL_NOT_FOUND)
+    last = await fleet.request(2)
+    assert (other.model, last.model) == ("m", "third")
+    last.fail(ErrorCode.MODEL_INCOMPLETE)
+    await exchange.finish()
+    [error] = events(exchange.body)
+    assert error["error"]["code"] == "model_unstable"
+    assert error["error"]["message"].count("it broke") == 3
+
+
 async def test_an_early_stream_knows_the_only_one_that_can_serve_it(
     make_app: MakeApp, fleet: FakeFleet
 ) -> None:
