@@ -145,13 +145,13 @@ class Standing(Enum):
     OTHER = auto()
 
 
-def in_turn(candidates: Sequence[str], standing: Callable[[str], Standing]) -> list[str]:
-    """The order in which to try them: their own, but nobody waits for one that is on its
-    way while another takes requests."""
-    found = {each: standing(each) for each in candidates}
-    if Standing.ROUTABLE not in found.values():
-        return list(found)
-    return sorted(found, key=lambda each: found[each] is Standing.COMING)
+def next_of(left: Sequence[str], standing: Callable[[str], Standing]) -> str:
+    """Which to try next: the first, but nobody waits for one that is on its way while another
+    takes requests."""
+    first, *others = left
+    if others and standing(first) is Standing.COMING:
+        return next((each for each in others if standing(each) is Standing.ROUTABLE), first)
+    return first
 
 
 class Known(NamedTuple):

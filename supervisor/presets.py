@@ -10,6 +10,8 @@ from msgspec import Meta
 
 #: Stop strings of one request.
 MAX_STOPS = 4
+#: Variables of a chat template that neither a client nor a preset may set.
+RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt"})
 
 _INT64 = Meta(ge=-(2**63), le=2**63 - 1)
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -52,6 +54,8 @@ class PresetParameters(
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MAX_STOPS or "" in stops:
             return f"stop: at most {MAX_STOPS} stop strings, none of them empty"
+        if taken := sorted(RESERVED_OPTIONS & (self.chat_template_kwargs or {}).keys()):
+            return f"chat_template_kwargs: {taken[0]!r} is not to be set"
         return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from protocol.errors import CodedError, ErrorCode
@@ -42,16 +42,24 @@ T = TypeVar("T")
 
 #: Tries one model, to be loaded with these options if it has to be; raises ``CodedError``.
 Attempt = Callable[[str, Mapping[str, Any]], Awaitable[T]]
+#: Which of those that are left is next.
+Choose = Callable[[Sequence[str]], str]
 
 
 class Candidates(Generic[T]):
     """The models that a call may still go to, and what those said that could not serve it."""
 
     def __init__(
-        self, name: str, ids: list[str], options: Mapping[str, Any], attempt: Attempt[T]
+        self,
+        name: str,
+        ids: Sequence[str],
+        options: Mapping[str, Any],
+        attempt: Attempt[T],
+        choose: Choose,
     ) -> None:
         self._name = name
-        self._left = ids
+        self._left = list(ids)
+        self._choose = choose
         self._options = options
         self._attempt = attempt
         self._trying = ""
@@ -63,10 +71,11 @@ class Candidates(Generic[T]):
         return not self._left
 
     async def first(self) -> T:
-        """Try them in turn. Raises the first one's error when all have failed, or the one
+        """Try one after the other. Raises the first one's error when all have failed, or the one
         that no other model could change."""
         while True:
-            self._trying = self._left.pop(0)
+            self._trying = self._choose(self._left)
+            self._left.remove(self._trying)
             try:
                 return await self._attempt(self._trying, self._options)
             except asyncio.CancelledError:
@@ -91,10 +100,7 @@ class Candidates(Generic[T]):
         self._said.append((self._trying, error))
         crashes = sum(each.code is ErrorCode.MODEL_CRASHED for _, each in self._said)
         if self._left and crashes < MAX_CRASHES:
-            log.debug(
-                "%s: %s cannot serve (%s), %s is next",
-                *(self._name, self._trying, error.code.value, self._left[0]),
-            )
+            log.debug("%s: not served by %s (%s)", self._name, self._trying, error.code.value)
             return
         _, first = self._said[0]
         if len(self._said) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import msgspec
@@ -67,4 +68,5 @@ async def load_by_name(
         missing = {key: options[key] for key in options if getattr(spec, key) is None}
         return await load(msgspec.structs.replace(spec, model_id=model_id, **missing))
 
-    return await Candidates(name, list(route.candidates), options_of(route), attempt).first()
+    left = Candidates(name, route.candidates, options_of(route), attempt, itemgetter(0))
+    return await left.first()

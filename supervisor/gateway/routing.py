@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from protocol.errors import CodedError, ErrorCode
@@ -10,7 +10,7 @@ from supervisor.catalog import AvailableModel
 from supervisor.gate import NO_OPTIONS
 from supervisor.gateway.candidates import Attempt, Candidates
 from supervisor.gateway.endpoint import Gateway
-from supervisor.names import ANY, Known, Route, Standing, any_of, in_turn
+from supervisor.names import ANY, Known, Route, Standing, any_of, next_of
 from supervisor.views import ModelView
 
 #: What a model is for, by ``ModelView.kind``; before it is loaded that is not known.
@@ -30,9 +30,14 @@ async def candidates(
     ids = list(route.candidates)
     if ANY in ids:
         ids = await _with_any(gateway, name, ids, kind)
-    if len(ids) > 1:
-        ids = in_turn(ids, lambda model_id: standing_of(gateway, model_id))
-    return Candidates(name, ids, options_of(route), attempt)
+
+    def choose(left: Sequence[str]) -> str:
+        if not gateway.settings.load_on_demand:
+            # Then nobody waits for a model, and who cannot serve says so at once.
+            return left[0]
+        return next_of(left, lambda model_id: standing_of(gateway, model_id))
+
+    return Candidates(name, ids, options_of(route), attempt, choose)
 
 
 def options_of(route: Route) -> Mapping[str, Any]:

@@ -133,6 +133,18 @@ def test_a_broken_file_changes_nothing(server: Server, operator: Operator) -> No
     assert told["aliases"] == {"fast": "configured"}
 
 
+def test_how_long_idle_models_stay_is_up_to_the_latest_settings(
+    server: Server, operator: Operator
+) -> None:
+    assert server.model("configured")["readiness"]["state"] == "routable"
+    operator.write("configured", "keep_alive_sec = 1")
+    assert reload(server)["applied"] == ["keep_alive_sec"]
+    for _ in polls(15):
+        if server.http.get("/admin/models/configured").status_code == 404:
+            break
+    server.await_text("configured: unloaded, as it was idle")
+
+
 def test_newly_configured_models_can_be_loaded(
     server: Server, operator: Operator, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,6 +23,14 @@ weary = ["tired", "steady"]
 model = "best"
 parameters = { max_tokens = 1 }
 load = { context_length = 333 }
+
+[presets.short]
+model = "shared"
+load = { context_length = 300 }
+
+[presets.long]
+model = "shared"
+load = { context_length = 600 }
 """
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -31,6 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("models")
     write_script(folder, "crasher", faults=[{"at": "load", "kind": "segfault"}])
     write_script(folder, "steady", tokens=["Hel", "lo"])
+    write_script(folder, "shared", tokens=["Hel", "lo"], load_delay_s=0.5)
     # It passes its canary, and dies of whatever it is asked.
     faults = [{"at": "prompt", "kind": "segfault", "prompt_contains": "STRIKE"}]
     write_script(folder, "tired", tokens=["Hel", "lo"], faults=faults)
@@ -79,8 +89,20 @@ def test_a_model_that_dies_under_a_request_makes_room_for_the_next(server: Serve
     assert server.model("tired")["readiness"]["crash_count"] >= 2
 
 
+def test_presets_that_would_load_a_model_differently_share_it(server: Server) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(server.chat, ["short", "long"] * 3))
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert server.model("shared")["generation"] == 1
+    assert server.model("shared")["context_length"] in (300, 600)
+    # An operator who asks for what is not so is told.
+    refused = server.load("long" if server.model("shared")["context_length"] == 300 else "short")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_conflict")
+
+
 def test_auto_and_the_names_are_there_for_clients(server: Server) -> None:
     assert server.load("steady").status_code == 200
+    assert server.chat("steady").status_code == 200
     assert server.chat("auto").json()["model"] == "steady"
     listed = {
         model["id"]: model.get("alias_of") for model in server.http.get("/v1/models").json()["data"]

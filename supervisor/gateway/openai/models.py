@@ -23,7 +23,7 @@ from protocol.errors import CodedError, ErrorCode
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response
 from supervisor.gateway.routing import candidates
-from supervisor.names import ANY, PRESET_PREFIX
+from supervisor.names import PRESET_PREFIX
 from supervisor.views import ModelView, ReadinessView
 
 
@@ -54,8 +54,8 @@ async def list_models(gateway: Gateway, call: Call) -> Response:
     models = [_model(view) for view in views]
     listed = {model.id: model for model in models}
     for name, route in gateway.names.routes.items():
-        # By its prefix a preset would be there twice; who asks for anything need not look.
-        if name in listed or name.startswith(PRESET_PREFIX) or ANY in route.candidates:
+        # By its prefix a preset would be there twice.
+        if name in listed or name.startswith(PRESET_PREFIX):
             continue
         found = [listed[each] for each in route.candidates if each in listed]
         if found:

@@ -164,6 +164,10 @@ def test_home_flag(home: Path, tmp_path: Path) -> None:
         ("[presets.p]\nmodel = 'm'\nparameters = {temperature = 3}", "presets.p: expected float"),
         ("[presets.p]\nmodel = 'm'\nparameters = {stop = ['']}", "presets.p.parameters.stop"),
         ("[presets.p]\nmodel = 'm'\nload = {path = '/x'}", "unknown field path"),
+        (
+            "[presets.p]\nmodel = 'm'\nparameters = {chat_template_kwargs = {tools = []}}",
+            "presets.p.parameters.chat_template_kwargs: 'tools'",
+        ),
         ("models_dir = 3", "models_dir"),
         ("models_dir = '~nobody-of-this-name'", "models_dir"),
     ],

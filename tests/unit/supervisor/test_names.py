@@ -15,8 +15,8 @@ from supervisor.names import (
     Route,
     Standing,
     any_of,
-    in_turn,
     names,
+    next_of,
 )
 from supervisor.presets import Preset
 
@@ -112,18 +112,16 @@ def _has_cycle(aliases: dict[str, list[str]]) -> bool:
     return bool(left)
 
 
-@given(st.dictionaries(st.sampled_from("abcdef"), STANDINGS))
-def test_the_turn_is_the_order_of_the_list(standings: dict[str, Standing]) -> None:
-    order = in_turn(list(standings), standings.__getitem__)
-    assert sorted(order) == sorted(standings)
-    coming = [each for each in order if standings[each] is Standing.COMING]
-    others = [each for each in order if standings[each] is not Standing.COMING]
-    assert others == [each for each in standings if each in others]
-    assert coming == [each for each in standings if each in coming]
-    if Standing.ROUTABLE in standings.values():
-        assert order == others + coming
-    else:
-        assert order == list(standings)
+@given(st.dictionaries(st.sampled_from("abcdef"), STANDINGS, min_size=1))
+def test_the_next_is_the_first_that_nobody_has_to_wait_for(standings: dict[str, Standing]) -> None:
+    left = list(standings)
+    found = next_of(left, standings.__getitem__)
+    routable = [each for each in left if standings[each] is Standing.ROUTABLE]
+    if found != left[0]:
+        assert standings[left[0]] is Standing.COMING
+        assert found == routable[0]
+    elif standings[found] is Standing.COMING:
+        assert not routable
 
 
 MODELS = st.lists(

@@ -181,13 +181,21 @@ async def test_what_is_wrong_with_the_request_goes_to_nobody_else(
     assert fleet.requests == []
 
 
-async def test_who_is_on_its_way_is_passed_over_while_another_serves(
-    client: httpx.AsyncClient, fleet: FakeFleet
+async def test_nobody_waits_for_a_model_while_another_takes_requests(
+    make_app: MakeApp, fleet: FakeFleet
 ) -> None:
-    fleet.add(view("big", "loading"))
-    assert (await ask(client, "best")).json()["model"] == "m"
-    fleet.add(view("m", "loading"))
-    assert (await ask(client, "best")).json()["model"] == "big"
+    app = make_app(aliases=ALIASES, load_on_demand=True)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        fleet.add(view("big", "loading"))
+        assert (await ask(client, "best")).json()["model"] == "m"
+        fleet.add(view("m", "loading"))
+        assert (await ask(client, "best")).json()["model"] == "big"
+        # One that is not there may be on disk: it comes first, and is asked for.
+        del fleet.views["big"]
+        fleet.add(view("m"))
+        assert (await ask(client, "best")).json()["model"] == "m"
+        assert [model for model, _ in fleet.prepared] == ["m", "big", "big", "m"]
 
 
 @pytest.mark.parametrize("accepted", [False, True])
