@@ -34,6 +34,8 @@ PASSED_ON = frozenset(
         ErrorCode.INSUFFICIENT_MEMORY,
     }
 )
+#: Fields at fault that no request has: a model cannot be loaded as it is set up.
+LOAD_FIELDS = frozenset({"draft_model", "tool_format"})
 #: Models that one call may have seen crash, each of which ran it twice: it may well be the
 #: cause, and must not go through a whole list.
 MAX_CRASHES = 2
@@ -63,6 +65,7 @@ class Candidates(Generic[T]):
         self._options = options
         self._attempt = attempt
         self._trying = ""
+        self._interrupted = False
         self._said: list[tuple[str, CodedError]] = []
 
     @property
@@ -81,6 +84,7 @@ class Candidates(Generic[T]):
             except asyncio.CancelledError:
                 # Whoever waited no longer may come back, and this one was not tried.
                 self._left.insert(0, self._trying)
+                self._interrupted = True
                 raise
             except CodedError as error:
                 self._hear(error)
@@ -88,15 +92,17 @@ class Candidates(Generic[T]):
     async def after(self, error: CodedError) -> T:
         """The one that had it has failed before anything was sent: the next. Raises as ``first``,
         ``error`` itself if it is no reason to go on. May be called again when it was cancelled."""
-        self._hear(error)
+        if self._interrupted:
+            # It has been heard of.
+            self._interrupted = False
+        else:
+            self._hear(error)
         return await self.first()
 
     def _hear(self, error: CodedError) -> None:
         """Raises unless there is another model to try."""
-        if error.code not in PASSED_ON:
+        if error.code not in PASSED_ON and error.param not in LOAD_FIELDS:
             raise error
-        if self._said and self._said[-1][1] is error:
-            return
         self._said.append((self._trying, error))
         crashes = sum(each.code is ErrorCode.MODEL_CRASHED for _, each in self._said)
         if self._left and crashes < MAX_CRASHES:

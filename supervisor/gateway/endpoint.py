@@ -13,6 +13,7 @@ import re
 import secrets
 import string
 from collections.abc import Awaitable, Callable, Mapping
+from functools import lru_cache
 from typing import Literal
 from urllib.parse import quote
 
@@ -152,6 +153,7 @@ class Endpoint:
         return await handler(self._gateway, call)
 
 
+@lru_cache
 def _header_value(model_id: str) -> bytes:
     """As it is, but for what a header cannot have, which is percent-encoded."""
     return quote(model_id, safe=_IN_HEADERS).encode()

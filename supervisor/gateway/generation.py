@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -50,14 +50,16 @@ async def submit(
     gateway.metrics.client_request(terms.client_name)
     if _remaining_s(terms) <= 0:
         raise DeadlinePassed(terms.timeout_s or 0.0, 0)
-
-    async def start(model_id: str, options: Mapping[str, Any]) -> list[RequestStream]:
-        return await _start(gateway, call, model_id, options, requests, terms, streaming)
-
     route = gateway.names.routes.get(model)
     if route is None:
-        streams = await start(model, NO_OPTIONS)
+        streams = await _start(gateway, call, model, NO_OPTIONS, requests, terms, streaming)
     else:
+
+        def start(
+            model_id: str, options: Mapping[str, Any]
+        ) -> Coroutine[Any, Any, list[RequestStream]]:
+            return _start(gateway, call, model_id, options, requests, terms, streaming)
+
         call.candidates = await candidates(gateway, model, route, start, kind)
         streams = await call.candidates.first()
     gateway.running.add(call.request_id, call, streams)

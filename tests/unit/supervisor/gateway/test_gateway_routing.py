@@ -152,6 +152,13 @@ async def test_nobody_but_the_model_can_answer_for_its_own_id(
         assert "x-served-model" not in answer.headers
 
 
+async def test_all_may_say_the_same(client: httpx.AsyncClient, fleet: FakeFleet) -> None:
+    fleet.refusal = CodedError(ErrorCode.MODEL_UNSTABLE, "no")
+    answer = await ask(client, "best")
+    expected = "no model of 'best' can serve this: big: no; m: no"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (409, expected)
+
+
 async def test_when_all_fail_each_has_its_say(client: httpx.AsyncClient, fleet: FakeFleet) -> None:
     refuse(fleet, "big", ErrorCode.MODEL_NOT_READY, retry_after_s=3)
     refuse(fleet, "m", ErrorCode.MODEL_UNSTABLE)
@@ -161,6 +168,13 @@ async def test_when_all_fail_each_has_its_say(client: httpx.AsyncClient, fleet: 
     assert answer.headers["retry-after"] == "3"
     expected = "no model of 'best' can serve this: big: big says no; m: m says no"
     assert error["message"] == expected
+
+
+async def test_a_model_that_is_set_up_wrongly_is_not_the_requests_fault(
+    client: httpx.AsyncClient, fleet: FakeFleet
+) -> None:
+    refuse(fleet, "big", ErrorCode.INVALID_VALUE, param="draft_model")
+    assert (await ask(client, "best")).json()["model"] == "m"
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,18 @@ async def test_a_hangup_reloads_unless_the_terminal_has_gone(
         await task
 
 
+async def test_a_hangup_that_nohup_ignores_stays_ignored(
+    serve: Serve, fleet: FakeFleet, default_signals: None
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    async with serve() as url, httpx.AsyncClient() as client:
+        assert (await client.get(f"{url}/healthz")).status_code == 200
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert (await client.get(f"{url}/healthz")).status_code == 200
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 async def wait_until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not true():  # noqa: ASYNC110 - log records set no event
