@@ -65,7 +65,7 @@ class Candidates(Generic[T]):
         self._options = options
         self._attempt = attempt
         self._trying = ""
-        self._interrupted = False
+        self._moving_on_from: CodedError | None = None
         self._said: list[tuple[str, CodedError]] = []
 
     @property
@@ -84,7 +84,6 @@ class Candidates(Generic[T]):
             except asyncio.CancelledError:
                 # Whoever waited no longer may come back, and this one was not tried.
                 self._left.insert(0, self._trying)
-                self._interrupted = True
                 raise
             except CodedError as error:
                 self._hear(error)
@@ -92,12 +91,12 @@ class Candidates(Generic[T]):
     async def after(self, error: CodedError) -> T:
         """The one that had it has failed before anything was sent: the next. Raises as ``first``,
         ``error`` itself if it is no reason to go on. May be called again when it was cancelled."""
-        if self._interrupted:
-            # It has been heard of.
-            self._interrupted = False
-        else:
+        if error is not self._moving_on_from:
             self._hear(error)
-        return await self.first()
+            self._moving_on_from = error
+        found = await self.first()
+        self._moving_on_from = None
+        return found
 
     def _hear(self, error: CodedError) -> None:
         """Raises unless there is another model to try."""

@@ -304,6 +304,26 @@ async def test_a_stream_that_is_opened_while_it_moves_on_goes_on_moving(
     assert error["error"]["message"].count("it broke") == 3
 
 
+async def test_who_left_while_a_stream_moved_on_is_not_served_when_it_is_opened(
+    make_app: MakeApp, fleet: FakeFleet
+) -> None:
+    fleet.script = None
+    fleet.preparation_may_end = asyncio.Event()
+    fleet.preparation_may_end.set()
+    app = make_app(aliases=ALIASES, load_on_demand=True, sse_keepalive_s=0.1)
+    body = {"model": "best", "messages": HI, "stream": True}
+    exchange = Exchange(app, "POST", "/v1/chat/completions", json=body)
+    first = await fleet.request(0)
+    fleet.preparation_may_end.clear()
+    first.fail(ErrorCode.MODEL_UNSTABLE)
+    await fleet.preparation(1)
+    exchange.disconnect()
+    # The server itself drops what is said to somebody who has gone.
+    await exchange.finish()
+    assert len(fleet.requests) == 1
+    assert len(fleet.prepared) == 2
+
+
 async def test_an_early_stream_knows_the_only_one_that_can_serve_it(
     make_app: MakeApp, fleet: FakeFleet
 ) -> None:
