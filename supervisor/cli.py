@@ -145,7 +145,7 @@ def serve(
     from supervisor.main import HomeUnusable, run
 
     try:
-        run(settings)
+        run(settings, lambda: load_settings(flags))
     except (HomeUnusable, BlocklistError, BindRefused, OSError) as error:
         _fail(str(error))
 
@@ -174,6 +174,33 @@ def models(
 
     with _connected(url, admin_key=admin_key) as client:
         _show(client.available(), AVAILABLE_COLUMNS, available_cells, as_json=as_json)
+
+
+@app.command()
+def presets(
+    url: Url = None,
+    admin_key: AdminKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the presets and aliases, and what they stand for."""
+    from supervisor.client import NAME_COLUMNS, name_cells, names_in
+
+    with _connected(url, admin_key=admin_key) as client:
+        told = client.admin("GET", "/admin/presets")
+        _show(told if as_json else names_in(told), NAME_COLUMNS, name_cells, as_json=as_json)
+
+
+@app.command()
+def reload(url: Url = None, admin_key: AdminKey = None) -> None:
+    """Let the server read its configuration again."""
+    from supervisor.client import change_line
+
+    with _connected(url, admin_key=admin_key) as client:
+        told = client.admin("POST", "/admin/config/reload")
+    for change in told["changed"]:
+        typer.echo(plain(change_line(change, told["needs_restart"])))
+    if not told["changed"]:
+        typer.echo("nothing has changed")
 
 
 @app.command()

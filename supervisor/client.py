@@ -116,6 +116,42 @@ def probe_cells(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+NAME_COLUMNS = ("NAME", "KIND", "MODEL", "PARAMETERS", "LOAD", "SYSTEM PROMPT")
+
+
+def names_in(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Presets, then aliases, each with its ``kind``."""
+    aliases = [
+        {"name": name, "kind": "alias", "model": model} for name, model in told["aliases"].items()
+    ]
+    return [*({**preset, "kind": "preset"} for preset in told["presets"]), *aliases]
+
+
+def name_cells(entry: Mapping[str, Any]) -> list[str]:
+    """A preset or an alias in the words of ``NAME_COLUMNS``."""
+    model = entry["model"]
+    return [
+        entry["name"],
+        entry["kind"],
+        model if isinstance(model, str) else ", ".join(model),
+        _assignments(entry.get("parameters", {})),
+        _assignments(entry.get("load", {})),
+        # A table has one line for each.
+        " ".join((entry.get("system_prompt") or "-").split()),
+    ]
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={json.dumps(value)}" for name, value in values.items()) or "-"
+
+
+def change_line(change: Mapping[str, Any], needs_restart: Sequence[str]) -> str:
+    """What a reload has changed, or what waits for a restart."""
+    name = change["name"]
+    later = " (needs a restart)" if name in needs_restart else ""
+    return f"{name}: {json.dumps(change['before'])} -> {json.dumps(change['after'])}{later}"
+
+
 class Client:
     """Talks to one server; a context manager. Every method raises ``ClientError``."""
 

@@ -13,11 +13,13 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from supervisor.ids import complaint_about_id
+from supervisor.modelfiles import configured_id
+from supervisor.names import NameConflict, Names, names
 from supervisor.settings import ModelSetting, Settings
 
 _PREFIX = "OPTA_LMX_"
@@ -25,6 +27,8 @@ _PREFIX = "OPTA_LMX_"
 _NOT_SETTINGS = frozenset({"CACHE", "CONFIG", "URL", "WORKER_BOOT"})
 _NOT_SETTINGS_PREFIX = "TEST_"
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+#: Tables that a variable could not hold.
+_ONLY_IN_THE_FILE = frozenset({"aliases", "presets"})
 _FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}
 
 
@@ -61,6 +65,12 @@ def load_settings(flags: Mapping[str, Any], environ: Mapping[str, str] | None = 
     settings = Settings(**values)
     _validate(settings, lambda name: sources.get(name, name))
     return settings
+
+
+def names_of(settings: Settings) -> Names:
+    """What models may be asked for by. Looks for the files of configured models."""
+    ids = [configured_id(model) for model in settings.models]
+    return names(settings.aliases, settings.presets, ids)
 
 
 def parse_model(text: str) -> ModelSetting:
@@ -147,6 +157,8 @@ def _variables(environ: Mapping[str, str]) -> dict[str, str]:
             continue
         if suffix != suffix.upper() or suffix.lower() not in _FIELDS:
             raise ConfigError(f"{variable}: unknown setting")
+        if suffix.lower() in _ONLY_IN_THE_FILE:
+            raise ConfigError(f"{variable}: {suffix.lower()} can only be set in the file")
         if text or suffix.endswith("_KEY"):
             found[suffix.lower()] = text
     return found
@@ -161,8 +173,15 @@ def _from_text(name: str, text: str, source: str) -> Any:
 
 def _convert(name: str, value: Any, source: str, *, strict: bool = True) -> Any:
     kind = _FIELDS[name].type
+    if name in _ONLY_IN_THE_FILE and isinstance(value, dict):
+        each = get_args(kind)[1]
+        return {key: _to(each, entry, f"{source}.{key}") for key, entry in value.items()}
+    return _to(kind, value, source, strict=strict)
+
+
+def _to(kind: Any, value: Any, source: str, *, strict: bool = True) -> Any:
     try:
-        return msgspec.convert(value, kind, strict=strict, dec_hook=_to_path)
+        return msgspec.convert(value, kind, strict=strict, str_keys=True, dec_hook=_to_path)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
     except msgspec.ValidationError as error:
@@ -230,6 +249,14 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
         complaint = None if model.id is None else complaint_about_id(model.id)
         if complaint is not None:
             raise ConfigError(f"{source('models')}: the id {model.id!r} {complaint}")
+    for name, preset in settings.presets.items():
+        if complaint := preset.parameters.complaint():
+            raise ConfigError(f"{source('presets')}.{name}.parameters.{complaint}")
+    try:
+        names_of(settings)
+    except NameConflict as error:
+        table = str(error).partition(".")[0]
+        raise ConfigError(f"{source(table).removesuffix(table)}{error}") from error
 
 
 def _is_key(key: str | None) -> bool:

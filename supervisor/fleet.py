@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -18,7 +19,7 @@ from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.autoload import Autoload, ReportAutoload
 from supervisor.downloads.downloads import Downloads
-from supervisor.gate import Gate, LoadSpec, ModelSpec
+from supervisor.gate import NO_OPTIONS, Gate, LoadSpec, ModelSpec
 from supervisor.idle_watch import IdleWatch
 from supervisor.ids import complaint_about_id
 from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
@@ -67,7 +68,7 @@ class Fleet:
             log.error("left by an earlier server, and they do not end: %s", left)
         self._gate = Gate(settings, services.registry, blocklist)
         #: What can be looked up without a model.
-        self.records: Records = Records(services.registry, services.incidents, self._gate)
+        self.records: Records = Records(services.registry, services.incidents, lambda: self._gate)
         limit = settings.safe_start_after
         self._configured = Autoload(settings.home, self._gate.configured, limit)
         self._resting = Resting(
@@ -76,8 +77,8 @@ class Fleet:
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
         self._spares = Spares(services, in_use=self._backends_in_use, calm=self._is_calm)
-        self._room = MemoryRoom(self._actors, settings, services.lessons, self._spares)
-        self._prober = Prober(self._gate, services, reserve=self._room.hold)
+        self._room = MemoryRoom(self._actors, services, self._spares)
+        self._prober = Prober(lambda: self._gate, services, reserve=self._room.hold)
         #: How what is loaded, or was until it was idle, was asked for.
         self._last_loads: dict[str, LoadSpec] = {}
         #: Ids whose loads are being looked at, with their number.
@@ -114,11 +115,11 @@ class Fleet:
 
     # --- requests ---
 
-    async def prepare(self, model_id: str) -> None:
+    async def prepare(self, model_id: str, options: Mapping[str, Any] = NO_OPTIONS) -> None:
         """With ``load_on_demand``, begin to load a model that is on disk and not loaded.
 
-        Raises as a load does, but for an id that nothing is known of: ``submit`` does.
-        Absolute paths are for operators only.
+        ``options`` are fields of the ``LoadSpec``. Raises as a load does, but for an id that
+        nothing is known of: ``submit`` does. Absolute paths are for operators only.
         """
         actor = self._actors.get(model_id)
         if (
@@ -130,7 +131,7 @@ class Fleet:
             return
         # As it was loaded before, but for what an operator has to say each time.
         known = self._last_loads.get(model_id, LoadSpec(model_id=model_id))
-        spec = msgspec.structs.replace(known, allow_unsupported_runtime=False)
+        spec = msgspec.structs.replace(known, allow_unsupported_runtime=False, **options)
         if complaint_about_id(model_id) or self._gate.id_of(spec) != model_id:
             return
         try:
@@ -140,7 +141,8 @@ class Fleet:
                     return  # by another name it is loaded already
             await self._admit(spec)
         except CodedError as error:
-            if error.code is not ErrorCode.MODEL_NOT_FOUND:
+            # A conflict: somebody else's load with other options was quicker, and will do.
+            if error.code not in (ErrorCode.MODEL_NOT_FOUND, ErrorCode.MODEL_CONFLICT):
                 raise
 
     def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
@@ -229,6 +231,15 @@ class Fleet:
         """See ``Prober.probe``: changes nothing that is loaded."""
         return await self._prober.probe(spec)
 
+    def adopting(self, settings: Settings) -> Callable[[], None]:
+        """Look for what new settings name; what is returned makes them take effect at once."""
+        gate = self._gate.successor(settings)
+
+        def adopt() -> None:
+            self._services.settings, self._gate = settings, gate
+
+        return adopt
+
     async def start(self) -> None:
         """Begin loading the configured models, one after the other, in the background."""
         self._janitor = Janitor(self._services.server_mark)
@@ -242,7 +253,7 @@ class Fleet:
             low_water=settings.memory_low_water_bytes,
             trials=self._prober.trials,
         )
-        idle = IdleWatch(self._actors, settings.keep_alive_sec)
+        idle = IdleWatch(self._actors, lambda: self._services.settings.keep_alive_sec)
         self._tasks = [
             asyncio.create_task(autoload, name="autoload"),
             asyncio.create_task(watch.run(), name="memory watch"),

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 
@@ -22,6 +23,9 @@ from supervisor.settings import ModelSetting, Settings
 
 #: A backend that a load names may be anything; what is longer is none.
 MAX_BACKEND_CHARS = 64
+
+#: Of a load that asks for nothing in particular.
+NO_OPTIONS: Mapping[str, Any] = {}
 
 
 class LoadSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +83,10 @@ class Gate:
         self._catalog = Catalog(
             settings.effective_models_dir, self._hub_cache, self._configured, blocklist
         )
+
+    def successor(self, settings: Settings) -> Gate:
+        """One that goes by other settings."""
+        return Gate(settings, self._registry, self._blocklist)
 
     @property
     def configured(self) -> list[LoadSpec]:
@@ -244,8 +252,7 @@ def _absolute(path: str) -> Path:
 
 def _resolve(setting: ModelSetting) -> tuple[str, ModelSetting]:
     """The id of a configured model, and its setting with an absolute path if it is one."""
-    path = _absolute(setting.path)
-    if not modelfiles.exists(path):
-        return setting.id or setting.path, setting
-    model_id = setting.id or modelfiles.default_id(path)
-    return model_id, msgspec.structs.replace(setting, path=str(path))
+    model_id, path = modelfiles.configured_id(setting), _absolute(setting.path)
+    if modelfiles.exists(path):
+        setting = msgspec.structs.replace(setting, path=str(path))
+    return model_id, setting

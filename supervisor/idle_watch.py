@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.actor import Actor
@@ -18,10 +18,13 @@ INTERVAL_S = 1.0
 class IdleWatch:
     """Watches the actors in ``actors``, which its owner changes.
 
-    ``keep_alive_sec`` is for models that have none of their own; 0 and None: for ever.
+    ``keep_alive_sec`` tells, each time, that of models that have none of their own; 0 and
+    None: for ever.
     """
 
-    def __init__(self, actors: Mapping[str, Actor], keep_alive_sec: int | None) -> None:
+    def __init__(
+        self, actors: Mapping[str, Actor], keep_alive_sec: Callable[[], int | None]
+    ) -> None:
         self._actors = actors
         self._keep_alive_sec = keep_alive_sec
 
@@ -34,7 +37,7 @@ class IdleWatch:
 
     def _look(self, actor: Actor) -> None:
         own = actor.spec.keep_alive_sec
-        keep_s = self._keep_alive_sec if own is None else own
+        keep_s = self._keep_alive_sec() if own is None else own
         idle_s = actor.idle_s()
         if not keep_s or actor.spec.pinned or idle_s is None or idle_s < keep_s:
             return

@@ -24,6 +24,11 @@ def set_up(level: str) -> None:
     for old in list(root.handlers):
         root.removeHandler(old)
     root.addHandler(handler)
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    root = logging.getLogger()
     root.setLevel(level.upper())
     for name in _QUIET:
         logger = logging.getLogger(name)

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -76,19 +76,25 @@ def _holder(home: Path) -> str:
         return "of unknown pid"
 
 
-def run(settings: Settings) -> None:
-    """Serve until a signal ends it.
+def run(settings: Settings, reread: Callable[[], Settings]) -> None:
+    """Serve until a signal ends it. ``reread`` reads the settings anew, for a reload.
 
     Raises ``HomeUnusable``, ``BlocklistError``, ``BindRefused`` or ``OSError`` when
     it cannot start.
     """
     server.require_keys(settings)
     with home_lock(settings.home), contextlib.closing(server.bind(settings)) as listener:
-        settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
+        asked_port, port = settings.port, listener.getsockname()[1]
+
+        def with_real_port(settings: Settings) -> Settings:
+            given = settings.port
+            return msgspec.structs.replace(settings, port=port if given == asked_port else given)
+
+        settings = with_real_port(settings)
 
         metrics = Metrics()
         blocklist = load_blocklist(settings.home)
         announcer = Announcer(settings)
         fleet = Fleet(settings, metrics, blocklist, on_autoload=announcer.loaded)
         announcer.started()
-        server.run(fleet, settings, metrics, listener)
+        server.run(fleet, settings, metrics, listener, lambda: with_real_port(reread()))

@@ -21,10 +21,9 @@ from supervisor.actor import Actor
 from supervisor.eviction import Holder, candidates, choose
 from supervisor.footprint import Usage, available_bytes, gpu_limit_bytes, total_bytes, usage_of
 from supervisor.gate import ModelSpec
-from supervisor.memory_lessons import MemoryLessons
 from supervisor.memory_plan import MemoryPlan, Terms, largest_context, plan_memory
 from supervisor.memory_share import lesson_key
-from supervisor.settings import Settings
+from supervisor.services import Services
 from supervisor.spares import Spares
 
 log = logging.getLogger(__name__)
@@ -74,8 +73,7 @@ class MemoryRoom:
     """
 
     actors: Mapping[str, Actor]
-    settings: Settings
-    lessons: MemoryLessons
+    services: Services
     spares: Spares
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _held: dict[object, int] = field(default_factory=dict)
@@ -148,15 +146,15 @@ class MemoryRoom:
         terms = Terms(
             backend=model.backend,
             context_length=model.context_length,
-            sequences=self.settings.max_sequences,
+            sequences=self.services.settings.max_sequences,
             draft_bytes=model.draft_bytes,
-            prompt_cache=self.settings.prompt_cache_bytes,
+            prompt_cache=self.services.settings.prompt_cache_bytes,
         )
-        correction = self.lessons.correction(lesson_key(model))
+        correction = self.services.lessons.correction(lesson_key(model))
         plan = plan_memory(model.files, terms, correction)
         elastic = terms.prompt_cache is None
         needed = plan.required if elastic else plan.total
-        if not self.settings.memory_check:
+        if not self.services.settings.memory_check:
             return _Decision(plan, needed, available, "memory is not checked", [])
         unload = choose(needed, available, holders)
         if unload is None:
@@ -192,8 +190,8 @@ class MemoryRoom:
         # What is mapped could be taken from a worker, and the host counts it as available;
         # but then it would be read again and again.
         mapped = sum(usage.mapped for usage in usages.values())
-        limits = [host - mapped - self.settings.memory_low_water_bytes]
-        for limit in (self.settings.memory_budget_bytes, gpu_limit_bytes()):
+        limits = [host - mapped - self.services.settings.memory_low_water_bytes]
+        for limit in (self.services.settings.memory_budget_bytes, gpu_limit_bytes()):
             if limit is not None:
                 limits.append(limit - used)
         outstanding = sum(self._held.values()) + sum(

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import ModelKind
 from supervisor import gguf_model, modelfolder
+from supervisor.settings import ModelSetting
 from supervisor.traits import Traits
 from weights.folder import TOKENIZERS
 
@@ -55,6 +56,12 @@ class ModelFiles:
 def default_id(path: Path) -> str:
     """The id of a local path: the file's name without its format's suffix, or the folder's."""
     return gguf_model.stem_of(path.name.removesuffix(SIMULATED_SUFFIX))
+
+
+def configured_id(setting: ModelSetting) -> str:
+    """The id of a model of the settings: its own, that of its path, or what it is looked up by."""
+    path = Path(setting.path).absolute()
+    return setting.id or (default_id(path) if exists(path) else setting.path)
 
 
 def canonical_id(model_id: str) -> str:

@@ -49,12 +49,15 @@ class ProbeSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prober:
-    """One probe at a time, and one worker at a time in it. Methods run on the event loop."""
+    """One probe at a time, and one worker at a time in it. Methods run on the event loop.
+
+    ``gate`` gives the one that knows the settings in effect.
+    """
 
     def __init__(
-        self, gate: Gate, services: Services, *, reserve: Reserve = _nothing_reserved
+        self, gate: Callable[[], Gate], services: Services, *, reserve: Reserve = _nothing_reserved
     ) -> None:
-        self._gate = gate
+        self._current_gate = gate
         self._services = services
         self._reserve = reserve
         self._probe: asyncio.Task[ProbeResult] | None = None
@@ -79,7 +82,7 @@ class Prober:
                 f"model {self._probed!r} is being probed; one probe runs at a time",
                 retry_after_s=RETRY_S,
             )
-        self._probed = self._gate.id_of(spec.load)
+        self._probed = self._current_gate().id_of(spec.load)
         self._called_off = False
         self._probe = probe = asyncio.create_task(self._run(spec), name=f"probe {self._probed}")
         try:
@@ -128,8 +131,8 @@ class Prober:
 
     async def _names(self, spec: ProbeSpec) -> Sequence[str]:
         if not spec.backends:
-            return await self._gate.readers(spec.load)
-        installed = await self._gate.installed()
+            return await self._current_gate().readers(spec.load)
+        installed = await self._current_gate().installed()
         for name in spec.backends:
             if name not in installed:
                 raise CodedError(
@@ -142,11 +145,11 @@ class Prober:
     async def _candidate(self, load: LoadSpec, backend: str) -> ModelSpec | BackendProbe:
         """What to run on this backend, or why not."""
         try:
-            return await self._gate.admit(msgspec.structs.replace(load, backend=backend))
+            return await self._current_gate().admit(msgspec.structs.replace(load, backend=backend))
         except CodedError as refusal:
             if refusal.code is not ErrorCode.MODEL_UNSUPPORTED_BACKEND:
                 raise
-            version = (await self._gate.installed()).get(backend)
+            version = (await self._current_gate().installed()).get(backend)
             return _skipped(backend, version, refusal)
 
     def _is_quarantined(self, model: ModelSpec) -> bool:

@@ -20,12 +20,17 @@ ReadRecords = Callable[[Sequence[Record], Mapping[str, str | None]], list[T]]
 
 
 class Records:
-    """Answers in the words of the outside. Touches no model, loaded or not."""
+    """Answers in the words of the outside. Touches no model, loaded or not.
 
-    def __init__(self, registry: Registry, incidents: IncidentStore, gate: Gate) -> None:
+    ``gate`` gives the one that knows the settings in effect.
+    """
+
+    def __init__(
+        self, registry: Registry, incidents: IncidentStore, gate: Callable[[], Gate]
+    ) -> None:
         self._registry = registry
         self._incidents = incidents
-        self._gate = gate
+        self._current_gate = gate
 
     async def compatibility(
         self,
@@ -60,7 +65,7 @@ class Records:
     ) -> list[T]:
         records = self._registry.matching(model=model, backend=backend)
         # Off the loop: some tens of milliseconds for a full registry.
-        return await asyncio.to_thread(read, records, await self._gate.installed())
+        return await asyncio.to_thread(read, records, await self._current_gate().installed())
 
     def incidents(self, *, model: str | None = None, limit: int = 100) -> list[Incident]:
         """Newest first."""
@@ -75,5 +80,5 @@ class Records:
 
     async def available(self) -> dict[str, object]:
         """What is on this machine, loaded or not: ``{models, count}``."""
-        found = await self._gate.available()
+        found = await self._current_gate().available()
         return {"models": found, "count": len(found)}

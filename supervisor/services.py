@@ -19,9 +19,10 @@ from supervisor.registry import Registry
 from supervisor.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Services:
-    """Made by the fleet, handed to every actor."""
+    """Made by the fleet, handed to every actor. A reload replaces ``settings``: look there
+    when one is needed."""
 
     settings: Settings
     policy: Policy

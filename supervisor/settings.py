@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from supervisor.presets import Preset
+
 
 class ModelSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One model to load at start: a path, or an id found in the models folder."""
@@ -34,6 +36,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: The cache of Hugging Face's libraries; None: where they have it.
     hub_cache_dir: Path | None = None
     models: tuple[ModelSetting, ...] = ()
+    #: Names for ids, other aliases or a preset; of a list the first that can serve does.
+    aliases: dict[str, str | tuple[str, ...]] = {}
+    presets: dict[str, Preset] = {}
     admin_key: str | None = None
     api_key: str | None = None
     #: Whether models are downloaded from the hub, when an operator says so.

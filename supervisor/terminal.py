@@ -41,6 +41,15 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(grid)
 
 
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal, now."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 def never_fail_to_encode() -> None:
     """Make the standard streams print ``?`` for a character they have no code for."""
     for stream in (sys.stdout, sys.stderr):

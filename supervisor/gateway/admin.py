@@ -15,6 +15,7 @@ from supervisor.gateway.downloads import load_from_hub
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import invalid, json_response
 from supervisor.gateway.openai.models import is_routable
+from supervisor.gateway.presets import load_by_name
 from supervisor.ids import complaint_about_id, complaint_about_path
 from supervisor.views import LoadResult, ModelView
 
@@ -73,7 +74,7 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
         pinned=bool(request.pinned),
     )
     if request.dry_run:
-        return json_response(await gateway.fleet.plan(spec))
+        return json_response(await load_by_name(gateway, spec, gateway.fleet.plan))
 
     async def load(spec: LoadSpec) -> Response:
         return await _load(gateway, call, spec, wait=request.wait is not False)
@@ -88,10 +89,10 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
 
 async def _load(gateway: Gateway, call: Call, spec: LoadSpec, *, wait: bool) -> Response:
     if wait:
-        result = await gateway.fleet.load(spec)
+        result = await load_by_name(gateway, spec, gateway.fleet.load)
         call.model = result.model_id
         return json_response(result)
-    view = await gateway.fleet.start_load(spec)
+    view = await load_by_name(gateway, spec, gateway.fleet.start_load)
     call.model = view.id
     if is_routable(view):
         return json_response(_already_loaded(view))

@@ -6,7 +6,7 @@ Names under ``/admin/models`` that are routes of their own (``load``, ``unload``
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import Any
@@ -16,8 +16,9 @@ from starlette.routing import BaseRoute, Route, Router, WebSocketRoute
 from starlette.types import ASGIApp
 
 from protocol.errors import CodedError, ErrorCode
+from supervisor.config import names_of
 from supervisor.fleet import Fleet
-from supervisor.gateway import admin, downloads, health, records, tokens
+from supervisor.gateway import admin, downloads, health, presets, records, tokens
 from supervisor.gateway.anthropic import messages
 from supervisor.gateway.anthropic.errors import refusal
 from supervisor.gateway.auth import Guard, Side
@@ -37,6 +38,7 @@ from supervisor.gateway.openai.responses_stored import (
 )
 from supervisor.gateway.openapi import OPENAPI, describe
 from supervisor.gateway.probe import probe_model
+from supervisor.gateway.reload import RELOAD, reload_config
 from supervisor.gateway.rerank import rerank
 from supervisor.gateway.running import RunningCalls
 from supervisor.gateway.websocket import CHAT_STREAM
@@ -45,10 +47,23 @@ from supervisor.settings import Settings
 
 
 def create_app(fleet: Fleet, settings: Settings, metrics: Metrics) -> ASGIApp:
-    """The application; its lifespan starts and stops the fleet."""
+    """The application over a gateway whose settings never change."""
+    return application(create_gateway(fleet, settings, metrics, lambda: settings))
+
+
+def create_gateway(
+    fleet: Fleet, settings: Settings, metrics: Metrics, reread: Callable[[], Settings]
+) -> Gateway:
+    """What all handlers share. ``reread`` reads the settings anew, for a reload."""
     responses = ResponseStore(settings.response_store_max, settings.response_store_max_bytes)
-    gateway = Gateway(fleet, settings, metrics, Guard(settings), RunningCalls(), responses)
-    metrics.watch(fleet.models)
+    guard, names, running = Guard(settings), names_of(settings), RunningCalls()
+    return Gateway(fleet, settings, names, metrics, guard, running, responses, reread)
+
+
+def application(gateway: Gateway) -> ASGIApp:
+    """The application; its lifespan starts and stops the fleet."""
+    fleet = gateway.fleet
+    gateway.metrics.watch(fleet.models)
 
     @asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[None]:
@@ -119,6 +134,8 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
             {"GET": records.recommendations},
         ),
         route("/admin/models/compatibility/regressions", Side.ADMIN, {"GET": records.regressions}),
+        route(RELOAD, Side.ADMIN, {"POST": reload_config}),
+        route("/admin/presets", Side.ADMIN, {"GET": presets.list_presets}),
         route("/admin/incidents", Side.ADMIN, {"GET": records.list_incidents}),
         route("/admin/incidents/{id}", Side.ADMIN, {"GET": records.get_incident}),
         # Only for POST, so that a model called "org/release" can still be looked at.

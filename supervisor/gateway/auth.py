@@ -45,13 +45,43 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class BindRefused(Exception):
+    """The address is taken, unknown, or not to be served without keys; the message says which."""
+
+
+def require_keys(settings: Settings) -> None:
+    """Refuse to offer an open side to the network."""
+    if is_loopback(settings.host) or settings.allow_unauthenticated:
+        return
+    missing = " and ".join(map(how_to_set, open_sides_of(settings)))
+    if missing:
+        raise BindRefused(
+            f"host {settings.host!r} is reachable from outside: set {missing}, "
+            f"or {how_to_set('allow_unauthenticated')} to serve without"
+        )
+
+
+def open_sides_of(settings: Settings) -> dict[str, str]:
+    """What has no key, by the name of the setting that is missing."""
+    sides = {"admin_key": "/admin", "api_key": "/v1"}
+    return {name: side for name, side in sides.items() if getattr(settings, name) is None}
+
+
+def how_to_set(name: str) -> str:
+    return f"--{name.replace('_', '-')} / OPTA_LMX_{name.upper()}"
+
+
 class Guard:
     """Decides per request; raises ``CodedError`` when it is refused."""
 
     def __init__(self, settings: Settings) -> None:
+        self._loopback_only = is_loopback(settings.host)
+        self.use_keys(settings)
+
+    def use_keys(self, settings: Settings) -> None:
+        """From now on; a connection that was let in stays."""
         self._admin = _encode(settings.admin_key)
         self._inference = _encode(settings.api_key)
-        self._loopback_only = is_loopback(settings.host)
 
     def check(self, request: HTTPConnection, side: Side) -> None:
         keys = self._keys(side)

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, cast
 
 import msgspec
@@ -29,6 +29,7 @@ from supervisor.gateway.body import ClientDisconnected, decode
 from supervisor.gateway.endpoint import Call, Gateway, request_id_of
 from supervisor.gateway.errors import coded, error_object, error_response, retry_after
 from supervisor.gateway.generation import (
+    accepted,
     cancelled_by_server,
     fingerprint,
     give_up,
@@ -39,6 +40,7 @@ from supervisor.gateway.openai.answers import call_piece, timings, usage
 from supervisor.gateway.openai.chat import ChatRequest, to_generate
 from supervisor.gateway.openai.logprobs import chat_logprobs
 from supervisor.gateway.openai.parameters import unsupported
+from supervisor.gateway.preset_fields import add_preset
 from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import KeepAlive, encode_json
 from supervisor.gateway.websocket import SHUTDOWN
@@ -126,7 +128,7 @@ class _Session:
         self._scope = {**scope, "type": "http", "method": "GET"}
         self._receive = receive
         self._send = send
-        self._streams: dict[str | int, RequestStream] = {}
+        self._streams: dict[str | int, list[RequestStream]] = {}
         #: Those of requests that have ended but could not tell it yet are here as well.
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -141,8 +143,8 @@ class _Session:
             # A frame could not be answered: the client has gone.
             pass
         finally:
-            for stream in self._streams.values():
-                give_up(stream, ClientDisconnected())
+            for streams in self._streams.values():
+                _give_up(streams, ClientDisconnected())
             await self._see_the_end()
 
     async def _see_the_end(self) -> None:
@@ -174,21 +176,21 @@ class _Session:
             if isinstance(frame, CancelFrame):
                 # One that is not there may just have ended.
                 if (running := self._streams.get(frame.id)) is not None:
-                    give_up(running, _Cancelled())
+                    _give_up(running, _Cancelled())
                 return
-            stream = await self._submit(frame, call, started)
+            streams = await self._submit(frame, call, started)
         except Exception as error:
             failure = self._told(error, call)
             self._gateway.metrics.request_ended(call.model, self._name, failure.code.value)
             await self._say(_error_frame(_id_of(data, self._streams), failure))
             return
-        self._streams[frame.id] = stream
-        answer = _Answer(self._gateway, frame, call, stream, self._say, started)
+        self._streams[frame.id] = streams
+        answer = _Answer(self._gateway, frame, call, streams, self._say, started)
         task = asyncio.create_task(self._run(frame.id, answer, call))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _submit(self, frame: RequestFrame, call: Call, started: float) -> RequestStream:
+    async def _submit(self, frame: RequestFrame, call: Call, started: float) -> list[RequestStream]:
         if frame.id in self._streams:
             raise CodedError(
                 ErrorCode.INVALID_VALUE,
@@ -206,10 +208,10 @@ class _Session:
         if (frame.n or 1) > 1:
             raise unsupported("n", "several answers are")
         terms = terms_of(call, started, api_key=self._gateway.settings.api_key, claims=frame.claims)
-        [stream] = await submit(
+        add_preset(self._gateway, frame)
+        return await submit(
             self._gateway, call, frame.model, [to_generate(frame)], terms, streaming=True
         )
-        return stream
 
     async def _run(self, request_id: str | int, answer: _Answer, call: Call) -> None:
         last = b""
@@ -261,17 +263,16 @@ class _Answer:
         gateway: Gateway,
         frame: RequestFrame,
         call: Call,
-        stream: RequestStream,
+        streams: list[RequestStream],
         say: Callable[[bytes], Awaitable[None]],
         started: float,
     ) -> None:
         self._gateway = gateway
         self._call = call
-        self._stream = stream
+        self._streams = streams
         self._say = say
         self._started = started
         self._logprobs = bool(frame.logprobs)
-        self._model = frame.model
         self._id = encode_json(frame.id)
         self._token = b'{"type":"chat.token","id":%b,' % self._id
         self._call_head = b'{"type":"chat.tool_call","id":%b,"tool_call":' % self._id
@@ -279,8 +280,9 @@ class _Answer:
 
     async def relay(self) -> bytes:
         """Say everything but the end, which is returned."""
-        stream, clock = self._stream, asyncio.get_running_loop().time
-        await stream.accepted()
+        clock = asyncio.get_running_loop().time
+        await accepted(self._gateway, self._call, self._streams)
+        [stream] = self._streams
         first = True
         while True:
             text, finish, extras = await stream.next()
@@ -303,16 +305,16 @@ class _Answer:
                 "type": "chat.done",
                 "id": msgspec.Raw(self._id),
                 "finish_reason": reason,
-                "usage": usage([self._stream]),
-                "timings": timings([self._stream]),
-                "model": self._model,
-                "system_fingerprint": fingerprint(self._gateway, self._model),
+                "usage": usage(self._streams),
+                "timings": timings(self._streams),
+                "model": self._call.model,
+                "system_fingerprint": fingerprint(self._gateway, self._call.model),
             }
         )
 
     def close(self) -> None:
         self._keep_alive.stop()
-        release(self._gateway, self._call, [self._stream])
+        release(self._gateway, self._call, self._streams)
 
     def _frames(self, text: str, extras: Extras | None) -> list[bytes]:
         if extras is None:
@@ -332,13 +334,18 @@ class _Answer:
 
     async def _ping(self) -> None:
         frame = b'{"type":"chat.keepalive","id":%b' % self._id
-        if (prefill := self._stream.prefill) is not None:
+        if (prefill := self._streams[0].prefill) is not None:
             frame += b',"prefill":{"computed":%d,"total":%d}' % prefill
         with contextlib.suppress(OSError):
             await self._say(frame + b"}")
 
 
-def _id_of(data: bytes, running: dict[str | int, RequestStream]) -> str | int | None:
+def _give_up(streams: Sequence[RequestStream], error: CodedError) -> None:
+    for stream in streams:
+        give_up(stream, error)
+
+
+def _id_of(data: bytes, running: Mapping[str | int, object]) -> str | int | None:
     """The id that a refused frame has, unless that would end somebody else's request."""
     try:
         found = _id_decoder.decode(data).id

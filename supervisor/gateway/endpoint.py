@@ -11,8 +11,11 @@ import asyncio
 import logging
 import re
 import secrets
+import string
 from collections.abc import Awaitable, Callable, Mapping
+from functools import lru_cache
 from typing import Literal
+from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
@@ -23,29 +26,44 @@ from protocol.errors import CodedError
 from supervisor.fleet import Fleet
 from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.body import ClientDisconnected
+from supervisor.gateway.candidates import Candidates
 from supervisor.gateway.errors import MethodNotAllowed, coded, error_response
 from supervisor.gateway.openai.responses_store import ResponseStore
 from supervisor.gateway.running import RunningCalls
 from supervisor.metrics import CLIENT_DISCONNECTED, OK, Metrics
+from supervisor.names import Names
 from supervisor.settings import Settings
+from supervisor.stream import RequestStream
 
 log = logging.getLogger(__name__)
 
 #: ``*`` takes every method that has no handler of its own.
 Method = Literal["GET", "POST", "DELETE", "*"]
 
+_IN_HEADERS = string.punctuation.replace("%", "") + " "
+
+#: Names the model that has answered.
+SERVED_BY = b"x-served-model"
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
-class Gateway(msgspec.Struct, frozen=True, eq=False):
-    """What every handler may use."""
+class Gateway(msgspec.Struct, eq=False):
+    """What every handler may use. A reload replaces ``settings`` and ``names``.
+
+    ``names``: what models may be asked for by.
+    """
 
     fleet: Fleet
     settings: Settings
+    names: Names
     metrics: Metrics
     guard: Guard
     running: RunningCalls
     responses: ResponseStore
+    #: Reads the settings as at the start; raises ``ConfigError``.
+    reread: Callable[[], Settings]
+    reloading: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
 
 
 class Call(Request):
@@ -54,6 +72,8 @@ class Call(Request):
     ``model`` is the metrics label: the id of a tracked model, else empty.
     ``outcome`` is ``OK`` or the stable error code; a stream may change it after
     its headers have gone. ``deadline`` is the timer of the client's own deadline.
+    ``served_by`` is the id of the model that serves it, once that is certain;
+    ``candidates`` are those it may still go to, when it did not name one by its id.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -62,6 +82,8 @@ class Call(Request):
         self.model = ""
         self.outcome = OK
         self.deadline: asyncio.TimerHandle | None = None
+        self.served_by = ""
+        self.candidates: Candidates[list[RequestStream]] | None = None
 
 
 Handler = Callable[[Gateway, Call], Awaitable[Response]]
@@ -114,6 +136,9 @@ class Endpoint:
                 log.exception("request %s to %s failed", call.request_id.decode(), self._name)
             call.outcome = refusal.code.value
             response = self._refuse(refusal, call)
+        else:
+            if call.served_by:
+                response.raw_headers.append((SERVED_BY, _header_value(call.served_by)))
         response.raw_headers.append((b"x-request-id", call.request_id))
         try:
             await response(scope, receive, send)
@@ -126,6 +151,12 @@ class Endpoint:
         if handler is None:
             raise MethodNotAllowed(", ".join(sorted(self._handlers)))
         return await handler(self._gateway, call)
+
+
+@lru_cache
+def _header_value(model_id: str) -> bytes:
+    """As it is, but for what a header cannot have, which is percent-encoded."""
+    return quote(model_id, safe=_IN_HEADERS).encode()
 
 
 def request_id_of(scope: Scope) -> bytes:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from starlette.types import Receive
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import FinishReason, Job
+from supervisor.gate import NO_OPTIONS
 from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import DeadlinePassed, RequestCancelled
+from supervisor.gateway.routing import GENERATE, candidates
 from supervisor.gateway.scheduling import Terms
 from supervisor.stream import Chunk, RequestStream
 
@@ -32,21 +35,52 @@ async def submit(
     terms: Terms,
     *,
     streaming: bool,
+    kind: str = GENERATE,
 ) -> list[RequestStream]:
     """Start the requests of one call, all or none, on the terms of that call.
 
-    They wait for a model that is loaded for them.
+    They wait for a model that is loaded for them. ``model`` is an id, or a name that stands
+    for some; ``kind`` is what the model has to be. Whoever gets the streams must ``release``
+    them, and may find others in the list after ``accepted`` or ``collect``, if the first
+    model failed. Labels the call with the model's id once that is known to be tracked.
 
-    Whoever gets the streams must ``release`` them. Labels the call with the model's id
-    once that is known to be tracked. Raises what ``Fleet.prepare`` and ``Fleet.submit`` do, or
-    ``request_timeout`` when the client's deadline has passed by now.
+    Raises what ``Fleet.prepare`` and ``Fleet.submit`` do, or ``request_timeout`` when the
+    client's deadline has passed by now.
     """
     gateway.metrics.client_request(terms.client_name)
     if _remaining_s(terms) <= 0:
         raise DeadlinePassed(terms.timeout_s or 0.0, 0)
+    route = gateway.names.routes.get(model)
+    if route is None:
+        streams = await _start(gateway, call, model, NO_OPTIONS, requests, terms, streaming)
+    else:
+
+        def start(
+            model_id: str, options: Mapping[str, Any]
+        ) -> Coroutine[Any, Any, list[RequestStream]]:
+            return _start(gateway, call, model_id, options, requests, terms, streaming)
+
+        call.candidates = await candidates(gateway, model, route, start, kind)
+        streams = await call.candidates.first()
+    gateway.running.add(call.request_id, call, streams)
+    if terms.timeout_s is not None:
+        loop = asyncio.get_running_loop()
+        call.deadline = loop.call_later(_remaining_s(terms), _expire, streams, terms.timeout_s)
+    return streams
+
+
+async def _start(
+    gateway: Gateway,
+    call: Call,
+    model: str,
+    options: Mapping[str, Any],
+    requests: Sequence[Job],
+    terms: Terms,
+    streaming: bool,
+) -> list[RequestStream]:
     try:
         async with asyncio.timeout(None if terms.timeout_s is None else _remaining_s(terms)):
-            await gateway.fleet.prepare(model)
+            await gateway.fleet.prepare(model, options)
     except TimeoutError as error:
         raise DeadlinePassed(terms.timeout_s or 0.0, 0) from error
     streams: list[RequestStream] = []
@@ -57,16 +91,50 @@ async def submit(
     except CodedError as error:
         if error.code is not ErrorCode.MODEL_NOT_FOUND:
             call.model = model
-        if streams:
-            # One was refused: those before it are given up.
-            release(gateway, call, streams)
+        # One was refused: those before it are given up.
+        _let_go(gateway, call, streams)
         raise
     call.model = model
-    gateway.running.add(call.request_id, call, streams)
-    if terms.timeout_s is not None:
-        loop = asyncio.get_running_loop()
-        call.deadline = loop.call_later(_remaining_s(terms), _expire, streams, terms.timeout_s)
     return streams
+
+
+async def accepted(gateway: Gateway, call: Call, streams: list[RequestStream]) -> None:
+    """Wait until a worker has taken the requests, another model's if the first one fails.
+
+    Raises the refusal. After it has returned the call stays with its model.
+    """
+    while True:
+        try:
+            for stream in streams:
+                await stream.accepted()
+        except CodedError as error:
+            await _move_on(gateway, call, streams, error)
+        else:
+            call.candidates = None
+            call.served_by = call.model
+            return
+
+
+async def _move_on(
+    gateway: Gateway, call: Call, streams: list[RequestStream], error: CodedError
+) -> None:
+    """Let the next candidate have the requests; ``error`` or what became of it is raised."""
+    if call.candidates is None:
+        raise error
+    # Those who give up what is in the list must find something there meanwhile.
+    held = RequestStream(max_buffer_bytes=None, on_close=lambda: None)
+    failed, streams[:] = streams[:], [held]
+    _let_go(gateway, call, failed)
+    try:
+        others = await call.candidates.after(error)
+    except asyncio.CancelledError:
+        # Who waits again goes on from here.
+        held.fail(error)
+        raise
+    if held.failed:
+        _let_go(gateway, call, others)
+        await held.accepted()
+    streams[:] = others
 
 
 def _remaining_s(terms: Terms) -> float:
@@ -121,11 +189,19 @@ def give_up(stream: RequestStream, error: CodedError) -> None:
     stream.fail(error)
 
 
-async def collect(gateway: Gateway, call: Call, streams: Sequence[RequestStream]) -> list[Chunk]:
-    """Wait for all the answers; when one fails, all are given up and its error is raised."""
+async def collect(gateway: Gateway, call: Call, streams: list[RequestStream]) -> list[Chunk]:
+    """Wait for all the answers; when one fails, all are given up, and another model gets
+    the requests if there is one that may; else the error is raised."""
     watch = watch_disconnect(call.receive, streams)
     try:
-        return [checked(await stream.collect()) for stream in streams]
+        while True:
+            try:
+                chunks = [checked(await stream.collect()) for stream in streams]
+            except CodedError as error:
+                await _move_on(gateway, call, streams, error)
+            else:
+                call.served_by = call.model
+                return chunks
     finally:
         watch.cancel()
         release(gateway, call, streams)
@@ -136,6 +212,12 @@ def release(gateway: Gateway, call: Call, streams: Sequence[RequestStream]) -> N
     gateway.running.remove(call.request_id, call)
     if call.deadline is not None:
         call.deadline.cancel()
+    _let_go(gateway, call, streams)
+
+
+def _let_go(gateway: Gateway, call: Call, streams: Sequence[RequestStream]) -> None:
+    if not streams:
+        return
     for stream in streams:
         stream.close()
         if stream.started_after_s is not None:

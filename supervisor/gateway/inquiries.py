@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from protocol.messages import Detokenize, Detokenized, Tokenize, Tokenized
+from supervisor.gate import NO_OPTIONS
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import DeadlinePassed
 from supervisor.gateway.presence import while_there
+from supervisor.gateway.routing import candidates
 from supervisor.gateway.scheduling import Terms
 
 T = TypeVar("T")
@@ -24,12 +26,10 @@ async def tokenize(
     asked = msgspec.structs.replace(inquiry.generate, client=terms.client, priority=terms.priority)
     inquiry = msgspec.structs.replace(inquiry, generate=asked)
 
-    async def ask() -> Tokenized:
-        await gateway.fleet.prepare(model)
-        call.model = gateway.fleet.model(model).id
-        return await gateway.fleet.tokenize(model, inquiry)
+    def ask(model_id: str) -> Awaitable[Tokenized]:
+        return gateway.fleet.tokenize(model_id, inquiry)
 
-    return await _answered(call, ask(), terms)
+    return await _answered(call, _asked(gateway, call, model, ask), terms)
 
 
 async def detokenize(
@@ -38,12 +38,26 @@ async def detokenize(
     """As ``tokenize``."""
     inquiry = msgspec.structs.replace(inquiry, client=terms.client, priority=terms.priority)
 
-    async def ask() -> Detokenized:
-        await gateway.fleet.prepare(model)
-        call.model = gateway.fleet.model(model).id
-        return await gateway.fleet.detokenize(model, inquiry)
+    def ask(model_id: str) -> Awaitable[Detokenized]:
+        return gateway.fleet.detokenize(model_id, inquiry)
 
-    return await _answered(call, ask(), terms)
+    return await _answered(call, _asked(gateway, call, model, ask), terms)
+
+
+async def _asked(gateway: Gateway, call: Call, model: str, ask: Callable[[str], Awaitable[T]]) -> T:
+    """By the model of this id, or the first that can of those that the name stands for."""
+
+    async def attempt(model_id: str, options: Mapping[str, Any]) -> T:
+        await gateway.fleet.prepare(model_id, options)
+        call.model = gateway.fleet.model(model_id).id
+        answer = await ask(model_id)
+        call.served_by = call.model
+        return answer
+
+    route = gateway.names.routes.get(model)
+    if route is None:
+        return await attempt(model, NO_OPTIONS)
+    return await (await candidates(gateway, model, route, attempt)).first()
 
 
 async def _answered(call: Call, question: Coroutine[Any, Any, T], terms: Terms) -> T:

@@ -33,7 +33,9 @@ from supervisor.gateway.openai.completions import CompletionRequest
 from supervisor.gateway.openai.embeddings import EmbeddingRequest
 from supervisor.gateway.openai.models import Model
 from supervisor.gateway.openai.responses_request import ResponseRequest
+from supervisor.gateway.presets import Presets
 from supervisor.gateway.probe import ProbeRequest
+from supervisor.gateway.reload import RELOAD, Reloaded
 from supervisor.gateway.rerank import Ranking, RerankRequest
 from supervisor.gateway.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from supervisor.gateway.websocket import CHAT_STREAM
@@ -85,6 +87,8 @@ BODIES: Mapping[str, Body] = {
     "/tokenize": Body(TokenizeRequest, Tokens),
     "/detokenize": Body(DetokenizeRequest, Text),
     "/v1/models/{id:path}": Body(None, Model),
+    "/admin/presets": Body(None, Presets),
+    RELOAD: Body(None, Reloaded),
     "/admin/models/load": Body(LoadRequest, LoadResult),
     CONFIRM: Body(ConfirmRequest),
     "/admin/models/download": Body(DownloadRequest),
@@ -116,6 +120,12 @@ _OF_REQUESTS = (429, 503)
 _OF_DOWNLOADS = (502, 507)
 #: What may begin a download.
 _DOWNLOADING = ("/admin/models/load", CONFIRM, "/admin/models/download")
+
+
+_SERVED_BY: Mapping[str, Any] = {
+    "description": "the id of the model that has answered, if that was known beforehand",
+    "schema": {"type": "string"},
+}
 
 
 class _Scheme(NamedTuple):
@@ -215,7 +225,9 @@ def _answers(path: str, body: Body, references: _References) -> dict[str, Any]:
     content: dict[str, Any] = {JSON_TYPE: {"schema": schema}}
     if body.streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    answers = {"200": {"description": "done", "content": content}}
+    answers: dict[str, Any] = {"200": {"description": "done", "content": content}}
+    if body.request is not None and "model" in body.request.__struct_fields__:
+        answers["200"]["headers"] = {"X-Served-Model": _SERVED_BY}
     begun = {JSON_TYPE: {"schema": {"type": "object"}}}
     if path in _DOWNLOADING:
         answers["202"] = {
@@ -231,7 +243,7 @@ def _statuses(path: str, method: str, side: Side, body: Body) -> set[int]:
         statuses |= {401}
     if body.request is not None:
         statuses |= {*_READING}
-    if path in _QUERIES or path == CHAT_STREAM:
+    if path in _QUERIES or path in (CHAT_STREAM, RELOAD):
         statuses |= {400}
     if method == "POST" or "{" in path:
         statuses |= {*_OF_MODELS}

@@ -74,7 +74,9 @@ async def rerank(gateway: Gateway, call: Call) -> Response:
     job = Embed(0, list(texts), query=request.query)
     claims = (request.user,)
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=claims)
-    streams = await submit(gateway, call, request.model, [job], terms, streaming=False)
+    streams = await submit(
+        gateway, call, request.model, [job], terms, streaming=False, kind="rerank"
+    )
     await collect(gateway, call, streams)
     (stream,) = streams
     scores = [struct.unpack("<f", vector)[0] for vector in stream.vectors]
@@ -84,7 +86,7 @@ async def rerank(gateway: Gateway, call: Call) -> Response:
         for index in best
     ]
     usage = EmbeddingUsage(stream.prompt_tokens, stream.prompt_tokens)
-    return json_response(Ranking(request.model, results, usage))
+    return json_response(Ranking(call.model, results, usage))
 
 
 def texts_of(request: RerankRequest) -> list[str]:

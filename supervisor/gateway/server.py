@@ -14,18 +14,24 @@ import logging
 import math
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 import uvloop
 
+from protocol.errors import CodedError
 from supervisor.fleet import Fleet
-from supervisor.gateway.app import create_app
-from supervisor.gateway.auth import is_loopback
+from supervisor.gateway.app import application, create_gateway
+from supervisor.gateway.auth import BindRefused as BindRefused
+from supervisor.gateway.auth import how_to_set, is_loopback, open_sides_of
+from supervisor.gateway.auth import require_keys as require_keys
 from supervisor.gateway.connection import protocol
+from supervisor.gateway.endpoint import Gateway
+from supervisor.gateway.reload import reload
 from supervisor.gateway.websocket import WebSocketConnection
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
+from supervisor.terminal import has_terminal
 
 log = logging.getLogger(__name__)
 
@@ -38,38 +44,42 @@ _LET_GO_S = 1.0
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
-class BindRefused(Exception):
-    """The address is taken, unknown, or not to be served without keys; the message says which."""
-
-
 def run(
     fleet: Fleet,
     settings: Settings,
     metrics: Metrics,
     listener: socket.socket | None = None,
+    reread: Callable[[], Settings] | None = None,
 ) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP. Returns after every worker is gone.
+    """Serve until SIGINT, SIGTERM, or the end of the terminal. Returns after every worker is gone.
 
-    Raises ``BindRefused``. ``listener`` comes from ``bind``; it is closed at the end.
+    Raises ``BindRefused``. ``listener`` comes from ``bind``; it is closed at the end. ``reread``
+    reads the settings anew, for a reload.
     """
     require_keys(settings)
     with contextlib.closing(listener or bind(settings)) as sock:
-        server = create_server(fleet, settings, metrics)
+        server = create_server(fleet, settings, metrics, reread)
         log.info("listening on %s%s", base_url(settings, sock), bound_to(settings, sock))
-        if not is_loopback(settings.host) and (open_sides := _open_sides(settings)):
+        if not is_loopback(settings.host) and (open_sides := open_sides_of(settings)):
             log.warning(
                 "everyone who can reach this address may use %s: there is no %s",
                 " and ".join(open_sides.values()),
-                " and no ".join(map(_how_to_set, open_sides)),
+                " and no ".join(map(how_to_set, open_sides)),
             )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.serve(sockets=[sock]))
 
 
-def create_server(fleet: Fleet, settings: Settings, metrics: Metrics) -> Server:
+def create_server(
+    fleet: Fleet,
+    settings: Settings,
+    metrics: Metrics,
+    reread: Callable[[], Settings] | None = None,
+) -> Server:
     """A server ready for ``serve(sockets=[...])`` on the main thread's event loop."""
+    gateway = create_gateway(fleet, settings, metrics, reread or (lambda: settings))
     config = uvicorn.Config(
-        create_app(fleet, settings, metrics),
+        application(gateway),
         http=protocol(settings.header_timeout_s, settings.drain_timeout_s),
         ws=WebSocketConnection,
         ws_max_size=settings.max_body_bytes,
@@ -86,29 +96,7 @@ def create_server(fleet: Fleet, settings: Settings, metrics: Metrics) -> Server:
             settings.shutdown_grace_s + settings.stop_grace_s + _LAST_RESORT_S
         ),
     )
-    return Server(config, fleet, settings.shutdown_grace_s)
-
-
-def require_keys(settings: Settings) -> None:
-    """Refuse to offer an open side to the network."""
-    if is_loopback(settings.host) or settings.allow_unauthenticated:
-        return
-    missing = " and ".join(map(_how_to_set, _open_sides(settings)))
-    if missing:
-        raise BindRefused(
-            f"host {settings.host!r} is reachable from outside: set {missing}, "
-            f"or {_how_to_set('allow_unauthenticated')} to serve without"
-        )
-
-
-def _open_sides(settings: Settings) -> dict[str, str]:
-    """What has no key, by the name of the setting that is missing."""
-    sides = {"admin_key": "/admin", "api_key": "/v1"}
-    return {name: side for name, side in sides.items() if getattr(settings, name) is None}
-
-
-def _how_to_set(name: str) -> str:
-    return f"--{name.replace('_', '-')} / OPTA_LMX_{name.upper()}"
+    return Server(config, gateway)
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -120,7 +108,7 @@ def bind(settings: Settings) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        hint = f"; choose another with {_how_to_set('port')}" * (error.errno == errno.EADDRINUSE)
+        hint = f"; choose another with {how_to_set('port')}" * (error.errno == errno.EADDRINUSE)
         raise BindRefused(f"cannot listen on {where}: {error.strerror or error}{hint}") from error
 
 
@@ -143,10 +131,13 @@ def bound_to(settings: Settings, listener: socket.socket | None = None) -> str:
 class Server(uvicorn.Server):
     """uvicorn's server with our order of shutdown, a quiet idle and exit status 0."""
 
-    def __init__(self, config: uvicorn.Config, fleet: Fleet, grace_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
         super().__init__(config)
-        self._fleet = fleet
-        self._grace_s = grace_s
+        self._gateway = gateway
+        self._fleet = gateway.fleet
+        self._grace_s = gateway.settings.shutdown_grace_s
+        self._had_terminal = False
+        self._reloads: set[asyncio.Task[None]] = set()
         self.exit_asked = asyncio.Event()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -162,17 +153,35 @@ class Server(uvicorn.Server):
         # uvicorn's own raises the signal again afterwards: the process would die
         # of it before its caller has cleaned up.
         loop = asyncio.get_running_loop()
-        handled = [signal.SIGINT, signal.SIGTERM]
+        handlers = {signal.SIGINT: self.ask_exit, signal.SIGTERM: self.ask_exit}
         # nohup ignores it so that the server outlives its terminal.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            handled.append(signal.SIGHUP)
-        for signum in handled:
-            loop.add_signal_handler(signum, self.ask_exit)
+            handlers[signal.SIGHUP] = self._on_hangup
+        self._had_terminal = has_terminal()
+        for signum, handler in handlers.items():
+            loop.add_signal_handler(signum, handler)
         try:
             yield
         finally:
-            for signum in handled:
+            for signum in handlers:
                 loop.remove_signal_handler(signum)
+            for task in self._reloads:
+                task.cancel()
+
+    def _on_hangup(self) -> None:
+        """Somebody wants a reload; or it is what the signal was made for: the terminal of a
+        server in the foreground is gone, and nobody would ever stop it."""
+        if self._had_terminal and not has_terminal():
+            self.ask_exit()
+        elif not self.should_exit:
+            task = asyncio.create_task(self._reload_config(), name="reload")
+            self._reloads.add(task)
+            task.add_done_callback(self._reloads.discard)
+
+    async def _reload_config(self) -> None:
+        # What was wrong with it is in the log.
+        with contextlib.suppress(CodedError):
+            await reload(self._gateway)
 
     def ask_exit(self) -> None:
         """Begin the shutdown. Asked twice: don't wait for requests that are running."""

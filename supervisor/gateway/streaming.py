@@ -25,7 +25,12 @@ from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.connection import BODY_WRITER, BodyWriter
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import coded, error_body
-from supervisor.gateway.generation import cancelled_by_server, release, watch_disconnect
+from supervisor.gateway.generation import (
+    accepted,
+    cancelled_by_server,
+    release,
+    watch_disconnect,
+)
 from supervisor.metrics import CLIENT_DISCONNECTED
 from supervisor.stream import RequestStream
 
@@ -78,6 +83,10 @@ class EventFormat(Protocol):
         """Something that means nothing."""
 
 
+#: Makes the format once it is known which model answers, or that none does.
+MakeEvents = Callable[[], EventFormat]
+
+
 class OpenAIEvents:
     """What all of OpenAI's streams have in common."""
 
@@ -91,8 +100,8 @@ class OpenAIEvents:
 async def open_event_stream(
     gateway: Gateway,
     call: Call,
-    streams: Sequence[RequestStream],
-    events: EventFormat,
+    streams: list[RequestStream],
+    make_events: MakeEvents,
     started: float,
 ) -> EventStream:
     """Wait until the requests are accepted, so that a refusal is a proper HTTP error.
@@ -107,15 +116,15 @@ async def open_event_stream(
     silence_s = settings.sse_keepalive_s if settings.load_on_demand else None
     try:
         async with asyncio.timeout(silence_s):
-            for stream in streams:
-                await stream.accepted()
+            await accepted(gateway, call, streams)
     except TimeoutError:
-        pass
+        if call.candidates is None or call.candidates.exhausted:
+            call.served_by = call.model
     except BaseException:
         watch.cancel()
         release(gateway, call, streams)
         raise
-    return EventStream(gateway, call, streams, events, watch, started)
+    return EventStream(gateway, call, streams, make_events, watch, started)
 
 
 class EventStream(Response):
@@ -125,8 +134,8 @@ class EventStream(Response):
         self,
         gateway: Gateway,
         call: Call,
-        streams: Sequence[RequestStream],
-        events: EventFormat,
+        streams: list[RequestStream],
+        make_events: MakeEvents,
         watch: asyncio.Task[None],
         started: float,
     ) -> None:
@@ -141,11 +150,12 @@ class EventStream(Response):
         self._gateway = gateway
         self._call = call
         self._streams = streams
-        self._events = events
+        self._make_events = make_events
         self._watch = watch
         self._started = started
         self._waiting_for_first = True
-        self._begun = False
+        #: None: the stream has not begun.
+        self._events: EventFormat | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keep_alive = KeepAlive(
@@ -155,15 +165,18 @@ class EventStream(Response):
         # Under another server than ours there is none, and all goes through ``send``.
         body: BodyWriter | None = scope.get(BODY_WRITER)
         last_call = _LastCall(self._streams, body, self._gateway.settings.drain_timeout_s)
+        events: EventFormat | None = None
         end = b""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            for stream in self._streams:
-                await stream.accepted()
-            self._begun = True
-            await _send(send, self._events.first(self._streams), more=True)
-            end = await self._relay_all(send, body, keep_alive)
-            end += self._events.end(self._streams)
+            try:
+                await accepted(self._gateway, self._call, self._streams)
+            finally:
+                last_call.watch()
+            self._events = events = self._make_events()
+            await _send(send, events.first(self._streams), more=True)
+            end = await self._relay_all(events, send, body, keep_alive)
+            end += events.end(self._streams)
         except (ClientDisconnected, OSError):
             self._call.outcome = CLIENT_DISCONNECTED
         except Exception as error:
@@ -171,7 +184,7 @@ class EventStream(Response):
             if failure is not error:
                 log.exception("stream %s failed", self._call.request_id.decode())
             self._call.outcome = failure.code.value
-            end = self._events.error(failure)
+            end = (events or self._make_events()).error(failure)
         except asyncio.CancelledError:
             self._call.outcome = ErrorCode.SHUTTING_DOWN.value
             last_call.stop()
@@ -187,7 +200,7 @@ class EventStream(Response):
 
     def _still_alive(self) -> bytes:
         """What the format has for it; a comment with how far the prompts are, if they are."""
-        if not self._begun:
+        if self._events is None:
             # Before its first event a stream has none of its format's.
             return KEEP_ALIVE
         told = self._events.keep_alive()
@@ -199,12 +212,14 @@ class EventStream(Response):
         # A comment alone will do; an event that stands for one may be waited for.
         return comment if told is KEEP_ALIVE else comment + told
 
-    async def _relay_all(self, send: Send, body: BodyWriter | None, keep_alive: KeepAlive) -> bytes:
+    async def _relay_all(
+        self, events: EventFormat, send: Send, body: BodyWriter | None, keep_alive: KeepAlive
+    ) -> bytes:
         """Send everything but the end of what ended last, which is returned."""
         if len(self._streams) == 1:
-            return await self._relay(0, send, body, keep_alive)
+            return await self._relay(0, events, send, body, keep_alive)
         relays = [
-            asyncio.ensure_future(self._relay(index, send, body, keep_alive))
+            asyncio.ensure_future(self._relay(index, events, send, body, keep_alive))
             for index in range(len(self._streams))
         ]
         try:
@@ -218,10 +233,15 @@ class EventStream(Response):
         return b""
 
     async def _relay(
-        self, index: int, send: Send, body: BodyWriter | None, keep_alive: KeepAlive
+        self,
+        index: int,
+        events: EventFormat,
+        send: Send,
+        body: BodyWriter | None,
+        keep_alive: KeepAlive,
     ) -> bytes:
         """Send everything of one answer but the end, which is returned."""
-        stream, events = self._streams[index], self._events
+        stream = self._streams[index]
         clock = asyncio.get_running_loop().time
 
         def pass_on(text: str, extras: Extras | None) -> bool:
@@ -274,8 +294,11 @@ class _LastCall:
         self._body = body
         self._timeout_s = timeout_s
         self._timer: asyncio.TimerHandle | None = None
-        if body is not None:
-            for stream in streams:
+
+    def watch(self) -> None:
+        """Begin, once no other model takes the requests any more."""
+        if self._body is not None:
+            for stream in self._streams:
                 stream.when_over(self._on_over)
 
     def stop(self) -> None:

@@ -9,7 +9,7 @@ whose name the text has: on with ``prompt``, off with ``content``.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -29,7 +29,8 @@ from supervisor.gateway.openai.parameters import (
     unsupported,
 )
 from supervisor.gateway.openai.tools import ToolSpec, tool_use
-from supervisor.gateway.openai.turns import Turn, checked_options, messages_of
+from supervisor.gateway.openai.turns import SYSTEM_ROLES, Turn, checked_options, messages_of
+from supervisor.gateway.preset_fields import add_preset
 from supervisor.gateway.scheduling import terms_of
 
 #: As many as a worker tells.
@@ -51,6 +52,18 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_generation_prompt: Any = None
     continue_final_message: Any = None
     chat_template: Any = None
+
+    @property
+    def has_system_prompt(self) -> bool:
+        turns = self.messages
+        return turns is None or any(turn.role in SYSTEM_ROLES for turn in turns)
+
+    @property
+    def settled_options(self) -> Collection[str]:
+        return ()
+
+    def add_system_prompt(self, prompt: str) -> None:
+        self.messages = [Turn(role="system", content=prompt), *(self.messages or ())]
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
@@ -88,10 +101,12 @@ _detokenize_decoder = msgspec.json.Decoder(DetokenizeRequest)
 async def tokenize(gateway: Gateway, call: Call) -> Response:
     started = time.perf_counter()
     request = await read_json(call, _tokenize_decoder, gateway.settings)
+    if request.messages is not None:
+        add_preset(gateway, request)
     inquiry = to_inquiry(request)
     terms = terms_of(call, started, api_key=gateway.settings.api_key)
     told = await inquiries.tokenize(gateway, call, request.model, inquiry, terms)
-    context_length = gateway.fleet.model(request.model).context_length
+    context_length = gateway.fleet.model(call.model).context_length
     return json_response(Tokens(told.count, context_length, told.tokens))
 
 

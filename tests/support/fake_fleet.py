@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -25,9 +26,10 @@ from protocol.messages import (
 from supervisor.downloads.downloads import Asked, Downloads
 from supervisor.downloads.operation import Operation
 from supervisor.fleet import Fleet
-from supervisor.gate import LoadSpec
+from supervisor.gate import NO_OPTIONS, LoadSpec
 from supervisor.probe import ProbeSpec
 from supervisor.records import Records
+from supervisor.settings import Settings
 from supervisor.stream import RequestStream
 from supervisor.views import LoadResult, ModelView, ProbeResult, ReadinessView, SpareView
 
@@ -124,7 +126,7 @@ class NoDownloads(Downloads):
 class FakeRecords(Records):
     """Knows what is ``on_disk``, and keeps what it is asked."""
 
-    on_disk: list[dict[str, object]] = field(default_factory=list)
+    on_disk: Sequence[object] = field(default_factory=list)
     queries: list[dict[str, object]] = field(default_factory=list)
 
     async def available(self) -> dict[str, object]:
@@ -178,6 +180,11 @@ class FakeFleet(Fleet):
     loads: list[LoadSpec] = field(default_factory=list)
     why_safe: str | None = None
     records: FakeRecords = field(default_factory=FakeRecords)
+    prepared: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    preparation_may_end: asyncio.Event | None = None
+    adopted: Settings | None = None
+    #: What ``submit`` and inquiries say of single models.
+    refusals: dict[str, CodedError] = field(default_factory=dict)
     load_may_end: asyncio.Event = field(default_factory=asyncio.Event)
     finished_loads: int = 0
     probes: list[ProbeSpec] = field(default_factory=list)
@@ -201,6 +208,13 @@ class FakeFleet(Fleet):
             self._news.clear()
             await self._news.wait()
         return self.requests[number]
+
+    async def preparation(self, number: int = 0) -> str:
+        """Wait until the model with this number is prepared for a request; its id."""
+        while len(self.prepared) <= number:
+            self._news.clear()
+            await self._news.wait()
+        return self.prepared[number][0]
 
     async def loading(self, number: int = 0) -> LoadSpec:
         """Wait for the load with this number."""
@@ -228,11 +242,16 @@ class FakeFleet(Fleet):
     def safe_start(self) -> str | None:
         return self.why_safe
 
-    async def prepare(self, model_id: str) -> None:
-        pass
+    async def prepare(self, model_id: str, options: Mapping[str, Any] = NO_OPTIONS) -> None:
+        self.prepared.append((model_id, dict(options)))
+        self._news.set()
+        if self.preparation_may_end is not None:
+            await self.preparation_may_end.wait()
 
     def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
         self.model(model_id)
+        if model_id in self.refusals:
+            raise self.refusals[model_id]
         if self.bug is not None:
             raise self.bug
         if self.refusal is not None:
@@ -275,8 +294,8 @@ class FakeFleet(Fleet):
 
     async def _inquire(self, model_id: str, inquiry: Inquiry) -> None:
         self.model(model_id)
-        if self.refusal is not None:
-            raise self.refusal
+        if (refusal := self.refusals.get(model_id) or self.refusal) is not None:
+            raise refusal
         self.inquiries.append(inquiry)
         self._news.set()
         if self.script is None:
@@ -294,8 +313,8 @@ class FakeFleet(Fleet):
         return self.inquiries[number]
 
     async def start_load(self, spec: LoadSpec) -> ModelView:
-        if self.refusal is not None:
-            raise self.refusal
+        if (refusal := self.refusals.get(spec.model_id) or self.refusal) is not None:
+            raise refusal
         self.loads.append(spec)
         self._news.set()
         self.views.setdefault(spec.model_id, view(spec.model_id, "loading"))
@@ -344,6 +363,12 @@ class FakeFleet(Fleet):
         if self.model(model_id).readiness.state != "quarantined":
             raise CodedError(ErrorCode.MODEL_CONFLICT, f"{model_id} is not quarantined")
         del self.views[model_id]
+
+    def adopting(self, settings: Settings) -> Callable[[], None]:
+        def adopt() -> None:
+            self.adopted = settings
+
+        return adopt
 
     async def start(self) -> None:
         self.started = True

@@ -47,6 +47,9 @@ PURE = (
     "regressions",
     "pace",
     "downloads/selection",
+    "changes",
+    "names",
+    "presets",
 )
 IMPURE_MODULES = {"asyncio", "zmq", "os", "time", "random", "threading", "subprocess", "pathlib"}
 
@@ -54,6 +57,8 @@ IMPURE_MODULES = {"asyncio", "zmq", "os", "time", "random", "threading", "subpro
 #: the gateway, each other). Modules without a level import nothing of ours but
 #: protocol, settings and views.
 LEAVES_MAY_IMPORT = {
+    "settings": {"presets"},
+    "names": {"ids", "presets"},
     "lifecycle": {"quarantine"},
     "registry": {"compatibility", "jsonfile"},
     "regressions": {"compatibility"},

@@ -8,7 +8,7 @@ extensions that work on every route here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -26,6 +26,7 @@ from supervisor.gateway.openai.parameters import (
     unsupported,
 )
 from supervisor.gateway.openai.turns import checked_options
+from supervisor.gateway.preset_fields import settled_by_effort
 
 MAX_STOP_SEQUENCES = 64
 
@@ -68,6 +69,20 @@ class PromptRequest(msgspec.Struct, kw_only=True):
     speed: Any = None
     #: Further variables for the model's chat template.
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def has_system_prompt(self) -> bool:
+        return bool(self.system) or any(turn.role == "system" for turn in self.messages)
+
+    @property
+    def settled_options(self) -> Collection[str]:
+        effort = self.output_config.effort if self.output_config is not None else None
+        if self.thinking is None:
+            return settled_by_effort(effort)
+        return ("enable_thinking", "thinking_budget", *settled_by_effort(effort))
+
+    def add_system_prompt(self, prompt: str) -> None:
+        self.system = prompt
 
 
 class MessageRequest(PromptRequest, kw_only=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -37,7 +37,8 @@ from supervisor.gateway.openai.tools import (
     constraint_of,
     tool_use,
 )
-from supervisor.gateway.openai.turns import Turn, checked_options, messages_of
+from supervisor.gateway.openai.turns import SYSTEM_ROLES, Turn, checked_options, messages_of
+from supervisor.gateway.preset_fields import add_preset, settled_by_effort
 from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
 
@@ -62,6 +63,17 @@ class ChatRequest(Parameters, kw_only=True):
     verbosity: Any = None
     web_search_options: Any = None
 
+    @property
+    def has_system_prompt(self) -> bool:
+        return any(turn.role in SYSTEM_ROLES for turn in self.messages)
+
+    @property
+    def settled_options(self) -> Collection[str]:
+        return settled_by_effort(self.reasoning_effort)
+
+    def add_system_prompt(self, prompt: str) -> None:
+        self.messages = [Turn(role="system", content=prompt), *self.messages]
+
 
 #: Documented fields that cannot be honoured, with the values that ask for nothing.
 _LIMITS: Mapping[str, Sequence[Any]] = {
@@ -80,31 +92,34 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 async def chat_completions(gateway: Gateway, call: Call) -> Response:
     started = time.perf_counter()
     request = await read_json(call, _decoder, gateway.settings)
+    add_preset(gateway, request)
     streaming = bool(request.stream)
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
     answers = request.n or 1
     generates = several(to_generate(request), answers)
     streams = await submit(gateway, call, request.model, generates, terms, streaming=streaming)
-    system_fingerprint = fingerprint(gateway, request.model)
     if streaming:
-        events = ChatChunks(
-            request.model,
-            system_fingerprint,
-            include_usage=request.include_usage,
-            answers=answers,
-            logprobs=bool(request.logprobs),
-        )
-        return await open_event_stream(gateway, call, streams, events, started)
+
+        def make_events() -> ChatChunks:
+            return ChatChunks(
+                call.model,
+                fingerprint(gateway, call.model),
+                include_usage=request.include_usage,
+                answers=answers,
+                logprobs=bool(request.logprobs),
+            )
+
+        return await open_event_stream(gateway, call, streams, make_events, started)
     chunks = await collect(gateway, call, streams)
     completion = ChatCompletion(
         id=new_id("chatcmpl"),
         created=int(time.time()),
-        model=request.model,
+        model=call.model,
         choices=[
             chat_choice(i, chunk, logprobs=bool(request.logprobs)) for i, chunk in enumerate(chunks)
         ],
         usage=usage(streams, answers),
-        system_fingerprint=system_fingerprint,
+        system_fingerprint=fingerprint(gateway, call.model),
         timings=timings(streams),
     )
     return json_response(completion)

@@ -32,6 +32,7 @@ from supervisor.gateway.openai.parameters import (
     texts_or_tokens,
     unsupported,
 )
+from supervisor.gateway.preset_fields import add_preset
 from supervisor.gateway.scheduling import terms_of
 from supervisor.gateway.streaming import open_event_stream
 from supervisor.places import most_of_one
@@ -57,33 +58,36 @@ _decoder = msgspec.json.Decoder(CompletionRequest)
 async def completions(gateway: Gateway, call: Call) -> Response:
     started = time.perf_counter()
     request = await read_json(call, _decoder, gateway.settings)
+    add_preset(gateway, request)
     requests = to_generates(request, most_of_one(gateway.settings.max_queue))
     streaming = bool(request.stream)
     answers_per_prompt = request.n or 1
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
     streams = await submit(gateway, call, request.model, requests, terms, streaming=streaming)
-    system_fingerprint = fingerprint(gateway, request.model)
     if streaming:
-        events = TextChunks(
-            request.model,
-            system_fingerprint,
-            include_usage=request.include_usage,
-            answers=len(requests),
-            answers_per_prompt=answers_per_prompt,
-            top_logprobs=request.logprobs,
-        )
-        return await open_event_stream(gateway, call, streams, events, started)
+
+        def make_events() -> TextChunks:
+            return TextChunks(
+                call.model,
+                fingerprint(gateway, call.model),
+                include_usage=request.include_usage,
+                answers=len(requests),
+                answers_per_prompt=answers_per_prompt,
+                top_logprobs=request.logprobs,
+            )
+
+        return await open_event_stream(gateway, call, streams, make_events, started)
     answers = await collect(gateway, call, streams)
     completion = TextCompletion(
         id=new_id("cmpl"),
         created=int(time.time()),
-        model=request.model,
+        model=call.model,
         choices=[
             text_choice(i, answer, logprobs=request.logprobs is not None)
             for i, answer in enumerate(answers)
         ],
         usage=usage(streams, answers_per_prompt),
-        system_fingerprint=system_fingerprint,
+        system_fingerprint=fingerprint(gateway, call.model),
         timings=timings(streams),
     )
     return json_response(completion)

@@ -57,11 +57,13 @@ async def embeddings(gateway: Gateway, call: Call) -> Response:
     job = Embed(0, inputs_of(request), dimensions=request.dimensions)
     claims = (request.user, request.safety_identifier)
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=claims)
-    streams = await submit(gateway, call, request.model, [job], terms, streaming=False)
+    streams = await submit(
+        gateway, call, request.model, [job], terms, streaming=False, kind="embed"
+    )
     await collect(gateway, call, streams)
     (stream,) = streams
     base64 = request.encoding_format == "base64"
-    body = await _render(request.model, stream.vectors, stream.prompt_tokens, base64=base64)
+    body = await _render(call.model, stream.vectors, stream.prompt_tokens, base64=base64)
     return Response(body, media_type=JSON_TYPE)
 
 

@@ -18,44 +18,24 @@ from msgspec import Meta
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate, Sampling
-
-_MAX_STOPS = 4
+from supervisor.presets import MAX_STOPS, SamplingFields
+from supervisor.presets import PositiveInt as PositiveInt
+from supervisor.presets import TokenId as TokenId
 
 N = TypeVar("N", int, float)
-
-_INT64 = Meta(ge=-(2**63), le=2**63 - 1)
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
-#: A token id, in JSON objects also as a string.
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-PositiveInt = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Parameters(msgspec.Struct, kw_only=True):
+class Parameters(SamplingFields, kw_only=True):
     """How to generate. Bounds are checked by the decoder."""
 
     model: str
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    #: -1 is how vLLM's clients say "off".
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
-    seed: Annotated[int, _INT64] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] | None = None
-    stop: str | list[str] | None = None
-    max_tokens: PositiveInt | None = None
-    ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=16)] | None = None
-    #: False: nothing of the prompt is taken from the prompt cache.
-    cache_prompt: bool | None = None
     #: Whose request it is, if it is a text; see ``gateway.scheduling``.
     user: Any = None
     safety_identifier: Any = None
@@ -76,8 +56,8 @@ class Parameters(msgspec.Struct, kw_only=True):
 
     def stops(self) -> list[str]:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stops) > _MAX_STOPS:
-            raise invalid_value("stop", f"at most {_MAX_STOPS} stop strings")
+        if len(stops) > MAX_STOPS:
+            raise invalid_value("stop", f"at most {MAX_STOPS} stop strings")
         if "" in stops:
             raise invalid_value("stop", "a stop string must not be empty")
         return stops

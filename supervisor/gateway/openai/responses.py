@@ -16,7 +16,7 @@ from supervisor.gateway.generation import collect, submit
 from supervisor.gateway.openai.responses_answers import Response, finished, new_response
 from supervisor.gateway.openai.responses_events import ResponseEvents
 from supervisor.gateway.openai.responses_input import items_of
-from supervisor.gateway.openai.responses_items import Item
+from supervisor.gateway.openai.responses_items import Item, Message
 from supervisor.gateway.openai.responses_output import OutputBuilder
 from supervisor.gateway.openai.responses_request import (
     LOGPROBS,
@@ -26,6 +26,8 @@ from supervisor.gateway.openai.responses_request import (
 )
 from supervisor.gateway.openai.responses_store import Stored
 from supervisor.gateway.openai.responses_tools import namespaced
+from supervisor.gateway.openai.turns import SYSTEM_ROLES
+from supervisor.gateway.preset_fields import add_preset
 from supervisor.gateway.scheduling import key_digest, terms_of
 from supervisor.gateway.streaming import open_event_stream
 
@@ -43,6 +45,7 @@ async def create_response(gateway: Gateway, call: Call) -> HttpResponse:
 
     given = items_of(request.input, find)
     before = previous.conversation_items if previous is not None else []
+    add_preset(gateway, request, has_system_prompt=any(map(_is_of_system, before)))
     generate = to_generate(request, [*before, *given])
     streaming, keeping = bool(request.stream), request.store is not False and store.keeps
     response = new_response(request, store=keeping)
@@ -62,15 +65,24 @@ async def create_response(gateway: Gateway, call: Call) -> HttpResponse:
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
     streams = await submit(gateway, call, request.model, [generate], terms, streaming=streaming)
     if streaming:
-        events = ResponseEvents(response, builder, keep)
-        return await open_event_stream(gateway, call, streams, events, started)
+
+        def make_events() -> ResponseEvents:
+            response.model = call.model
+            return ResponseEvents(response, builder, keep)
+
+        return await open_event_stream(gateway, call, streams, make_events, started)
     [answer] = await collect(gateway, call, streams)
+    response.model = call.model
     builder.feed(answer.text, answer.extras)
     finish = answer.finish or FinishReason.STOP
     builder.finish(finish)
     response = finished(response, builder.items, finish, streams[0])
     keep(response)
     return json_response(response)
+
+
+def _is_of_system(item: Item) -> bool:
+    return isinstance(item, Message) and item.role in SYSTEM_ROLES
 
 
 def _previous(gateway: Gateway, owner: str, response_id: str | None) -> Stored | None:

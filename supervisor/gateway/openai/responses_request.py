@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -31,6 +31,8 @@ from supervisor.gateway.openai.tools import (
     TextFormat,
     constraint_of,
 )
+from supervisor.gateway.openai.turns import SYSTEM_ROLES
+from supervisor.gateway.preset_fields import settled_by_effort
 
 LOGPROBS = "message.output_text.logprobs"
 SEALED_REASONING = "reasoning.encrypted_content"
@@ -112,6 +114,20 @@ class ResponseRequest(Parameters, kw_only=True):
     prompt: Any = None
     prompt_cache_options: Any = None
     truncation: Any = None
+
+    @property
+    def has_system_prompt(self) -> bool:
+        if self.instructions:
+            return True
+        items = [] if isinstance(self.input, str) else self.input
+        return any(item.role in SYSTEM_ROLES for item in items)
+
+    @property
+    def settled_options(self) -> Collection[str]:
+        return settled_by_effort(self.reasoning.effort if self.reasoning is not None else None)
+
+    def add_system_prompt(self, prompt: str) -> None:
+        self.instructions = prompt
 
 
 #: Documented fields that cannot be honoured, with the values that ask for nothing.

@@ -9,9 +9,10 @@ import msgspec
 from protocol.chat import ChatMessage, ToolCall
 from protocol.errors import CodedError, ErrorCode
 from supervisor.gateway.openai.parameters import invalid_value, unsupported
+from supervisor.presets import RESERVED_OPTIONS
 
-#: Variables of a chat template that are not a client's to set.
-_RESERVED_OPTIONS = frozenset({"messages", "tools", "add_generation_prompt"})
+#: Of the turns that tell a model how to behave.
+SYSTEM_ROLES = frozenset({"system", "developer"})
 
 
 class Part(msgspec.Struct):
@@ -47,7 +48,7 @@ class Turn(msgspec.Struct, kw_only=True):
 def checked_options(given: dict[str, Any] | None) -> dict[str, Any]:
     """``chat_template_kwargs``, to add to. Raises ``invalid_value``."""
     options = dict(given or {})
-    if taken := sorted(_RESERVED_OPTIONS & options.keys()):
+    if taken := sorted(RESERVED_OPTIONS & options.keys()):
         raise invalid_value("chat_template_kwargs", f"{taken[0]!r} is not a client's to set")
     return options
 

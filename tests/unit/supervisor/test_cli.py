@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import pytest
 import uvicorn
 from typer.testing import CliRunner, Result
@@ -23,9 +24,10 @@ from supervisor.chat_session import Session
 from supervisor.cli import app
 from supervisor.client import Client, ClientError
 from supervisor.gate import LoadSpec
-from supervisor.gateway.app import create_app
+from supervisor.gateway.app import application, create_gateway
 from supervisor.gateway.server import BindRefused
 from supervisor.metrics import Metrics
+from supervisor.presets import Preset, PresetParameters
 from supervisor.probe import ProbeSpec
 from supervisor.settings import ModelSetting, Settings
 from supervisor.views import BackendProbe, ProbeResult
@@ -52,11 +54,22 @@ def fleet() -> FakeFleet:
 
 
 @pytest.fixture
-def url(fleet: FakeFleet, tmp_path: Path) -> Iterator[str]:
-    settings = Settings(home=tmp_path, admin_key="a", api_key="i")
-    config = uvicorn.Config(
-        create_app(fleet, settings, Metrics()), log_config=None, access_log=False, ws="none"
+def reread() -> dict[str, Any]:
+    """The settings that a reload finds changed."""
+    return {}
+
+
+@pytest.fixture
+def url(fleet: FakeFleet, tmp_path: Path, reread: dict[str, Any]) -> Iterator[str]:
+    preset = Preset(
+        model="org/m", system_prompt="Be\nbrief.", parameters=PresetParameters(temperature=0.5)
     )
+    names = {"aliases": {"best": ("org/big", "org/m")}, "presets": {"short": preset}}
+    settings = Settings(home=tmp_path, admin_key="a", api_key="i", **names)  # type: ignore[arg-type]
+    gateway = create_gateway(
+        fleet, settings, Metrics(), lambda: msgspec.structs.replace(settings, **reread)
+    )
+    config = uvicorn.Config(application(gateway), log_config=None, access_log=False, ws="none")
     server = Listening(config)
     server.ready = threading.Event()
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
@@ -178,6 +191,33 @@ def test_a_probe_that_finds_nothing_says_so_with_its_status(url: str, fleet: Fak
     refused = opta("probe", "x", "--url", url)
     assert refused.exit_code == 1
     assert "another one runs (model_conflict)" in refused.stderr
+
+
+def test_presets(url: str) -> None:
+    result = opta("presets", "--url", url)
+    assert result.exit_code == 0
+    header, short, best = result.stdout.splitlines()
+    assert header.split()[:3] == ["NAME", "KIND", "MODEL"]
+    assert short.split() == ["short", "preset", "org/m", "temperature=0.5", "-", "Be", "brief."]
+    assert best.split() == ["best", "alias", "org/big,", "org/m", "-", "-", "-"]
+    told = json.loads(opta("presets", "--url", url, "--json").stdout)
+    assert told["aliases"] == {"best": ["org/big", "org/m"]}
+
+
+def test_reload_says_what_has_changed(url: str, reread: dict[str, Any]) -> None:
+    assert opta("reload", "--url", url).stdout == "nothing has changed\n"
+    reread |= {"api_key": "new", "port": 9, "aliases": {"fast": "org/m"}}
+    result = opta("reload", "--url", url)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "port: 8000 -> 9 (needs a restart)",
+        'aliases: {"best": ["org/big", "org/m"]} -> {"fast": "org/m"}',
+        'api_key: "(secret)" -> "(secret)"',
+    ]
+    reread |= {"host": "0.0.0.0", "admin_key": None}
+    result = opta("reload", "--url", url)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "reachable from outside" in result.stderr
 
 
 def test_ps_shows_probation_and_nothing_that_moves_the_cursor(url: str, fleet: FakeFleet) -> None:
@@ -377,7 +417,12 @@ def test_an_answer_cut_short_is_an_error() -> None:
 
 def test_serve_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[Settings] = []
-    monkeypatch.setattr(supervisor_main, "run", given.append)
+
+    def run(settings: Settings, reread: Callable[[], Settings]) -> None:
+        # A reload reads the same flags, variables and file.
+        given.extend((settings, reread()))
+
+    monkeypatch.setattr(supervisor_main, "run", run)
     monkeypatch.setattr("supervisor.logs.set_up", lambda level: None)
     result = opta(
         *("serve", "--port", "1234", "--model", "x=/a", "--model", "org/b"),
@@ -387,7 +432,7 @@ def test_serve_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         env={"OPTA_LMX_ADMIN_KEY": "k"},
     )
     assert result.exit_code == 0, result.output
-    assert given == [
+    assert given == 2 * [
         Settings(
             home=tmp_path,
             port=1234,
@@ -409,7 +454,7 @@ def test_serve_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "error: --port: must be a port from 0 to 65535, not 99999\n"
 
-    def refuse(_settings: Settings) -> None:
+    def refuse(_settings: Settings, _reread: object) -> None:
         raise BindRefused("cannot listen")
 
     monkeypatch.setattr(supervisor_main, "run", refuse)

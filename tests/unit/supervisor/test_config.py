@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.config import ConfigError, load_settings, parse_model
+from supervisor.config import ConfigError, load_settings, names_of, parse_model
 from supervisor.settings import ModelSetting, Settings
 
 NOTHING: Mapping[str, Any] = {}
@@ -82,6 +82,32 @@ def test_models_in_the_file(home: Path) -> None:
     assert load(home, {"models": ["n=/d"]}).models == (ModelSetting(path="/d", id="n"),)
 
 
+def test_aliases_and_presets_are_tables_of_the_file(home: Path) -> None:
+    write(
+        home,
+        """
+        [aliases]
+        fast = "org/small"
+        best = ["org/big", "fast"]
+        [presets.coder]
+        model = "best"
+        system_prompt = "You write code."
+        parameters = { temperature = 0, stop = "END", logit_bias = { "7" = -100 } }
+        load = { context_length = 512 }
+        """,
+    )
+    settings = load(home)
+    assert settings.aliases == {"fast": "org/small", "best": ("org/big", "fast")}
+    preset = settings.presets["coder"]
+    assert preset.given() == {"temperature": 0.0, "stop": "END", "logit_bias": {7: -100.0}}
+    assert preset.load.options() == {"context_length": 512}
+    route = names_of(settings).routes["preset:coder"]
+    assert route.candidates == ("org/big", "org/small")
+    assert route.preset == preset
+    with pytest.raises(ConfigError, match="OPTA_LMX_ALIASES: aliases can only be set in the file"):
+        load(home, **{"aliases": "{}"})
+
+
 def test_the_file_can_be_elsewhere(home: Path, tmp_path: Path) -> None:
     write(home, "port = 1")
     other = tmp_path / "other.toml"
@@ -126,6 +152,22 @@ def test_home_flag(home: Path, tmp_path: Path) -> None:
         ("[[models]]\npath = ''", "models"),
         ("[[models]]\npath = 'x'\ncontext_length = 0", "models"),
         ("host = ''", "host"),
+        ("aliases = 'x'", "aliases"),
+        ("[aliases]\na = 3", "aliases.a: expected"),
+        ("[aliases]\na = []", "aliases.a: stands for no model"),
+        ("[aliases]\na = 'a'", "aliases.a: leads back to itself"),
+        ("[aliases]\na = 'b'\n[[models]]\npath = '/p/a.gguf'\nid = 'a'", "aliases.a: the name"),
+        ("[aliases]\n'org/a' = 'b'\n[[models]]\npath = 'org/a'", "aliases.org/a: the name"),
+        ("[presets.p]\nsystem_prompt = 'x'", "presets.p: object missing required field model"),
+        ("[presets.p]\nmodel = 'm'\nmodle = 'x'", "presets.p: object contains unknown field"),
+        ("[presets.p]\nmodel = 'm'\nparameters = {temp = 1}", "unknown field temp"),
+        ("[presets.p]\nmodel = 'm'\nparameters = {temperature = 3}", "presets.p: expected float"),
+        ("[presets.p]\nmodel = 'm'\nparameters = {stop = ['']}", "presets.p.parameters.stop"),
+        ("[presets.p]\nmodel = 'm'\nload = {path = '/x'}", "unknown field path"),
+        (
+            "[presets.p]\nmodel = 'm'\nparameters = {chat_template_kwargs = {tools = []}}",
+            "presets.p.parameters.chat_template_kwargs: 'tools'",
+        ),
         ("models_dir = 3", "models_dir"),
         ("models_dir = '~nobody-of-this-name'", "models_dir"),
     ],

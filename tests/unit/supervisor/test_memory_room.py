@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,9 +85,11 @@ class Host:
         self.spares = FakeSpares(self)
         spares: Any = self.spares
         settings.setdefault("memory_low_water_bytes", 0)
-        self.room = MemoryRoom(
-            self.actors, Settings(home=tmp_path, **settings), MemoryLessons(tmp_path), spares
+        self.services = SimpleNamespace(
+            settings=Settings(home=tmp_path, **settings), lessons=MemoryLessons(tmp_path)
         )
+        services: Any = self.services
+        self.room = MemoryRoom(self.actors, services, spares)
 
     def add(self, name: str, size: int, idle_s: float | None, *, promised: int = 0) -> None:
         spec = replace(MODEL, model_id=name)
@@ -171,7 +174,7 @@ async def test_weights_that_are_mapped_are_not_free(host: Host) -> None:
 
 
 async def test_a_budget_counts_for_all_workers(host: Host, tmp_path: Path) -> None:
-    host.room.settings = Settings(home=tmp_path, memory_budget_bytes=400 * MB)
+    host.services.settings = Settings(home=tmp_path, memory_budget_bytes=400 * MB)
     host.add("a", 100 * MB, None)
     await host.make()
     host.add("b", 100 * MB, None)
@@ -181,7 +184,7 @@ async def test_a_budget_counts_for_all_workers(host: Host, tmp_path: Path) -> No
 async def test_the_low_water_mark_is_nobodys(host: Host, tmp_path: Path) -> None:
     host.total = NEEDED + 10 * MB
     await host.make()
-    host.room.settings = Settings(home=tmp_path, memory_low_water_bytes=20 * MB)
+    host.services.settings = Settings(home=tmp_path, memory_low_water_bytes=20 * MB)
     await refused(host)
 
 
@@ -199,9 +202,9 @@ async def test_memory_that_is_about_to_be_free_is_waited_for(host: Host) -> None
 
 
 async def test_what_was_learned_counts(host: Host) -> None:
-    host.room.lessons.learn(lesson_key(MODEL), 900 * MB)
+    host.services.lessons.learn(lesson_key(MODEL), 900 * MB)
     assert "as it was measured before" in (await refused(host)).message
-    await host.room.lessons.flush()
+    await host.services.lessons.flush()
 
 
 async def test_spare_workers_go_before_any_model(host: Host) -> None:
@@ -234,7 +237,7 @@ async def test_what_is_held_is_not_promised_to_others(host: Host) -> None:
 
 
 async def test_an_operator_can_do_without_the_check(host: Host, tmp_path: Path) -> None:
-    host.room.settings = Settings(home=tmp_path, memory_check=False)
+    host.services.settings = Settings(home=tmp_path, memory_check=False)
     host.total = 1
     await host.make()
 

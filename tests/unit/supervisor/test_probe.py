@@ -44,7 +44,7 @@ class Scene:
     def __init__(self, services: Services, *rules: BlockRule) -> None:
         self.services = services
         self.gate = Gate(services.settings, services.registry, rules)
-        self.prober = Prober(self.gate, services, reserve=self._reserve)
+        self.prober = Prober(lambda: self.gate, services, reserve=self._reserve)
         self.ended: Ended | None = PASSED
         self.refusal: CodedError | None = None
         self.strict: list[bool] = []

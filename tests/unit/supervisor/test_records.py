@@ -22,7 +22,7 @@ class Scene:
         self.registry = Registry(home)
         settings = Settings(home=home, enable_simulated=True)
         gate = Gate(settings, self.registry, ())
-        self.records = Records(self.registry, IncidentStore(home), gate)
+        self.records = Records(self.registry, IncidentStore(home), lambda: gate)
 
     async def learn(self, model: str, version: str, outcome: Outcome) -> None:
         self.registry.add(

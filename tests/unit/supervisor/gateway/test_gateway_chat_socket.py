@@ -21,9 +21,10 @@ from protocol.errors import ErrorCode
 from protocol.messages import Delta, FinishReason
 from supervisor.gateway import chat_socket, server
 from supervisor.metrics import Metrics
+from supervisor.presets import Preset
 from supervisor.settings import Settings
 from supervisor.stream import Prefill
-from tests.support.fake_fleet import FakeFleet
+from tests.support.fake_fleet import FakeFleet, view
 
 HELLO = [{"role": "user", "content": "Hi"}]
 PATH = "/v1/chat/stream"
@@ -125,6 +126,34 @@ async def test_reasoning_and_calls_have_their_frames(serve: Serve, fleet: FakeFl
     }
     assert went_on["tool_call"] == {"index": 0, "function": {"arguments": "{}"}}
     assert done["finish_reason"] == "tool_calls"
+
+
+async def test_a_name_stands_for_a_model_and_the_end_says_for_which(
+    serve: Serve, fleet: FakeFleet
+) -> None:
+    fleet.script = None
+    fleet.add(view("big"))
+    preset = Preset(model=("big", "m"), system_prompt="Be brief.")
+    async with serve(presets={"short": preset}) as url, opened(url) as socket:
+        frame = {"type": "chat.request", "model": "short", "messages": HELLO}
+        await say(socket, id="a", **frame)
+        (await fleet.request(0)).fail(ErrorCode.MODEL_UNSTABLE)
+        other = await fleet.request(1)
+        assert other.request.messages is not None
+        assert other.request.messages[0].content == "Be brief."
+        other.accept()
+        other.say("Hi")
+        other.finish()
+        *_, done = await hear_all(socket)
+        assert (done["type"], done["model"], other.model) == ("chat.done", "m", "m")
+        # What is cancelled after it has moved on is cancelled where it is.
+        await say(socket, id="b", **frame)
+        (await fleet.request(2)).fail(ErrorCode.MODEL_UNSTABLE)
+        await fleet.request(3)
+        await say(socket, type="chat.cancel", id="b")
+        *_, done = await hear_all(socket, "b")
+        assert done["finish_reason"] == "cancelled"
+        await fleet.requests[3].cancellation.wait()
 
 
 async def test_requests_of_one_connection_run_beside_each_other(

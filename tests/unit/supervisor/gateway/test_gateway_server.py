@@ -15,11 +15,13 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from protocol.errors import CodedError, ErrorCode
+from supervisor.config import ConfigError
 from supervisor.gateway import server
 from supervisor.gateway.announce import Announcer
 from supervisor.metrics import Metrics
@@ -108,8 +110,15 @@ def default_signals() -> Iterator[None]:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_signal_lets_a_stream_finish(
-    fleet: FakeFleet, tmp_path: Path, signum: signal.Signals, default_signals: None
+    fleet: FakeFleet,
+    tmp_path: Path,
+    signum: signal.Signals,
+    default_signals: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The terminal is there when the server starts, and gone afterwards.
+    there = iter([True, False])
+    monkeypatch.setattr(server, "has_terminal", lambda: next(there))
     fleet.script = None
     settings = Settings(home=tmp_path, port=0, shutdown_grace_s=60)
     with contextlib.closing(server.bind(settings)) as listener:
@@ -129,6 +138,58 @@ async def test_a_signal_lets_a_stream_finish(
             assert events((await asking).content)[-1] == "[DONE]"
         await task
     assert fleet.stopped
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+async def test_a_hangup_reloads_unless_the_terminal_has_gone(
+    fleet: FakeFleet,
+    tmp_path: Path,
+    default_signals: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    terminal: bool,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(server, "has_terminal", lambda: terminal)
+    settings = Settings(home=tmp_path, port=0)
+    found: list[Settings | ConfigError] = [
+        ConfigError("config.toml: unknown key 'prot'"),
+        msgspec.structs.replace(settings, aliases={"fast": "m"}, shutdown_grace_s=1.0),
+    ]
+
+    def reread() -> Settings:
+        new = found.pop(0)
+        if isinstance(new, ConfigError):
+            raise new
+        return new
+
+    with contextlib.closing(server.bind(settings)) as listener:
+        running = server.create_server(fleet, settings, Metrics(), reread)
+        task = asyncio.create_task(running.serve(sockets=[listener]))
+        async with httpx.AsyncClient(base_url=server.base_url(settings, listener)) as client:
+            assert (await client.get("/healthz")).status_code == 200
+            os.kill(os.getpid(), signal.SIGHUP)
+            await wait_until(lambda: "nothing has changed: config.toml" in caplog.text)
+            assert (await client.get("/v1/models/fast")).status_code == 404
+            os.kill(os.getpid(), signal.SIGHUP)
+            expected = "changed: aliases; after a restart: shutdown_grace_s"
+            await wait_until(lambda: expected in caplog.text)
+            assert (await client.get("/v1/models/fast")).json()["alias_of"] == "m"
+        assert not running.should_exit
+        running.ask_exit()
+        await task
+
+
+async def test_a_hangup_that_nohup_ignores_stays_ignored(
+    serve: Serve, fleet: FakeFleet, default_signals: None
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    async with serve() as url, httpx.AsyncClient() as client:
+        assert (await client.get(f"{url}/healthz")).status_code == 200
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert (await client.get(f"{url}/healthz")).status_code == 200
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 async def wait_until(true: Callable[[], bool]) -> None:
