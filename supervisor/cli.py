@@ -7,17 +7,13 @@ Only typer is imported here: each command imports what it needs, so that
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
-from supervisor.terminal import give_up_stdout, never_fail_to_encode, plain, print_table, size_text
-
-if TYPE_CHECKING:
-    from supervisor.client import Client
+from supervisor import commands
+from supervisor.terminal import fail, give_up_stdout, never_fail_to_encode
 
 app = typer.Typer(
     help="A local LLM server where one crashing model cannot take down another.",
@@ -26,24 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Url = Annotated[
-    str | None,
-    typer.Option(
-        envvar="OPTA_LMX_URL",
-        help="The server to talk to; else this machine's, on OPTA_LMX_PORT or 8000.",
-    ),
-]
-AdminKey = Annotated[
-    str | None,
-    typer.Option(envvar="OPTA_LMX_ADMIN_KEY", show_envvar=True, help="Opens /admin."),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(envvar="OPTA_LMX_API_KEY", show_envvar=True, help="Opens /v1."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="As the server says it.")]
-ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="The model's id.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -134,7 +112,7 @@ def serve(
     try:
         settings = load_settings(flags)
     except ConfigError as error:
-        _fail(str(error), status=2)
+        fail(str(error), status=2)
 
     from supervisor import logs
 
@@ -147,258 +125,7 @@ def serve(
     try:
         run(settings, lambda: load_settings(flags))
     except (HomeUnusable, BlocklistError, BindRefused, OSError) as error:
-        _fail(str(error))
-
-
-@app.command()
-def ps(
-    url: Url = None,
-    admin_key: AdminKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the models and how they are."""
-    from supervisor.client import MODEL_COLUMNS, model_cells
-
-    with _connected(url, admin_key=admin_key) as client:
-        _show(client.models(), MODEL_COLUMNS, model_cells, as_json=as_json)
-
-
-@app.command()
-def models(
-    url: Url = None,
-    admin_key: AdminKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the models on the server's machine, loaded or not."""
-    from supervisor.client import AVAILABLE_COLUMNS, available_cells
-
-    with _connected(url, admin_key=admin_key) as client:
-        _show(client.available(), AVAILABLE_COLUMNS, available_cells, as_json=as_json)
-
-
-@app.command()
-def presets(
-    url: Url = None,
-    admin_key: AdminKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the presets and aliases, and what they stand for."""
-    from supervisor.client import NAME_COLUMNS, name_cells, names_in
-
-    with _connected(url, admin_key=admin_key) as client:
-        told = client.admin("GET", "/admin/presets")
-        _show(told if as_json else names_in(told), NAME_COLUMNS, name_cells, as_json=as_json)
-
-
-@app.command()
-def reload(url: Url = None, admin_key: AdminKey = None) -> None:
-    """Let the server read its configuration again."""
-    from supervisor.client import change_line
-
-    with _connected(url, admin_key=admin_key) as client:
-        told = client.admin("POST", "/admin/config/reload")
-    for change in told["changed"]:
-        typer.echo(plain(change_line(change, told["needs_restart"])))
-    if not told["changed"]:
-        typer.echo("nothing has changed")
-
-
-@app.command()
-def load(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="ID, PATH or NAME=PATH.")],
-    backend: Annotated[str | None, typer.Option(help="mlx or llama; else by format.")] = None,
-    context_length: Annotated[int | None, typer.Option(help="Tokens per request.")] = None,
-    allow_unsupported_runtime: Annotated[
-        bool, typer.Option("--allow-unsupported-runtime", help="Load on probation.")
-    ] = False,
-    pinned: Annotated[
-        bool, typer.Option("--pinned", help="Never unload it for another model, nor when idle.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell the memory plan, and load nothing.")
-    ] = False,
-    wait: Annotated[bool, typer.Option(help="Until it can be used.")] = True,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Download what is not on disk, without asking.")
-    ] = False,
-    url: Url = None,
-    admin_key: AdminKey = None,
-) -> None:
-    """Load a model and wait until it is routable; download it first, after a question."""
-    model_id, path = _model_to_load(model)
-    body = {
-        "model_id": model_id,
-        "path": path,
-        "backend": backend,
-        "context_length": context_length,
-        "allow_unsupported_runtime": allow_unsupported_runtime,
-        "pinned": pinned,
-        "dry_run": dry_run,
-        "wait": wait,
-    }
-    if wait and not dry_run:
-        typer.echo(f"loading {plain(model_id)} ... (Ctrl-C ends the wait, not the load)", err=True)
-    with _connected(url, admin_key=admin_key) as client:
-        try:
-            result = client.admin("POST", "/admin/models/load", body)
-            if result.get("status") == "download_required":
-                from supervisor.pull import load_after_question
-
-                result = load_after_question(client, result, yes=yes, wait=wait)
-        except KeyboardInterrupt:
-            typer.echo("not waiting any more; the load goes on: see opta-lmx ps", err=True)
-            raise typer.Exit(130) from None
-    if dry_run:
-        typer.echo(plain(result["message"]))
-        raise typer.Exit(0 if result["fits"] else 1)
-    if result.get("status") == "downloading":
-        typer.echo(f"{result['model_id']} is being downloaded")
-        return
-    took = result.get("time_to_load_ms")
-    after = "" if took is None else f" in {took / 1000:.1f} s"
-    typer.echo(f"{result['model_id']} is {result['readiness']['state']}{after}")
-
-
-@app.command()
-def pull(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
-    """Download a model from the hub: by the server or, if none runs here, without one.
-
-    What has come is kept, whatever ends it: run it again to go on. A server goes on by
-    itself after Ctrl-C.
-    """
-    from supervisor.client import ClientError
-    from supervisor.config import ConfigError
-    from supervisor.pull import pull as pull_model
-
-    try:
-        model_id = pull_model(url, admin_key, model)
-    except (ClientError, ConfigError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        typer.echo("not waiting any more; a server goes on, else run it again to go on", err=True)
-        raise typer.Exit(130) from None
-    typer.echo(f"{plain(model_id)} is here, and verified")
-
-
-@app.command()
-def rm(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
-    """Delete a model's files."""
-    with _connected(url, admin_key=admin_key) as client:
-        result = client.remove(model)
-    typer.echo(f"{result['model_id']} deleted, {size_text(result['freed_bytes'])} freed")
-
-
-@app.command()
-def probe(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="ID, PATH or NAME=PATH.")],
-    backend: Annotated[
-        list[str] | None, typer.Option(help="mlx or llama; may be repeated; else by format.")
-    ] = None,
-    context_length: Annotated[int | None, typer.Option(help="Tokens per request.")] = None,
-    allow_unsupported_runtime: Annotated[
-        bool, typer.Option("--allow-unsupported-runtime", help="Try blocklisted ones, too.")
-    ] = False,
-    timeout_s: Annotated[
-        float | None, typer.Option(help="Seconds for each backend, 600 by default.")
-    ] = None,
-    url: Url = None,
-    admin_key: AdminKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """Try a model on each backend, beside what is loaded; status 1 if none runs it."""
-    from supervisor.client import PROBE_COLUMNS, probe_cells
-
-    model_id, path = _model_to_load(model)
-    body = {
-        "model_id": model_id,
-        "path": path,
-        "backends": backend or None,
-        "context_length": context_length,
-        "allow_unsupported_runtime": allow_unsupported_runtime,
-        "timeout_s": timeout_s,
-    }
-    typer.echo(f"probing {plain(model_id)} ... (Ctrl-C ends the probe)", err=True)
-    with _connected(url, admin_key=admin_key) as client:
-        try:
-            found = client.admin("POST", "/admin/models/probe", body)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-    if as_json:
-        _print_json(found)
-    else:
-        print_table(PROBE_COLUMNS, map(probe_cells, found["results"]))
-        typer.echo(f"recommended: {found['recommended'] or 'none'} ({plain(found['reason'])})")
-    if found["recommended"] is None:
-        raise typer.Exit(1)
-
-
-@app.command()
-def unload(
-    model: ModelId,
-    now: Annotated[
-        bool, typer.Option("--now", help="Do not wait for requests that are running.")
-    ] = False,
-    url: Url = None,
-    admin_key: AdminKey = None,
-) -> None:
-    """Stop a model's worker, once its running requests have ended."""
-    body = {"model_id": model, "drain_timeout_sec": 0 if now else None}
-    with _connected(url, admin_key=admin_key) as client:
-        result = client.admin("POST", "/admin/models/unload", body)
-    typer.echo(f"{result['model_id']} unloaded")
-
-
-@app.command()
-def release(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
-    """End a model's quarantine."""
-    with _connected(url, admin_key=admin_key) as client:
-        result = client.release(model)
-    typer.echo(f"{result['model_id']} released from quarantine")
-
-
-@app.command()
-def explain(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
-    """Tell why a model is not routable, what happened, and what to do next."""
-    with _connected(url, admin_key=admin_key) as client:
-        for line in client.explain(model):
-            typer.echo(plain(line))
-
-
-@app.command()
-def chat(
-    model: ModelId,
-    prompt: Annotated[str | None, typer.Option(help="Ask this and exit.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer; else what the context holds.")
-    ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(min=0, max=2, help="0: always the likeliest word; higher: more varied."),
-    ] = 0.7,
-    url: Url = None,
-    api_key: ApiKey = None,
-) -> None:
-    """Talk to a model. With a pipe on stdin: its text is the prompt, one answer."""
-    with _connected(url, api_key=api_key) as client:
-        from supervisor.chat_session import Session
-
-        session = Session(
-            client, model, system=system, max_tokens=max_tokens, temperature=temperature
-        )
-        if prompt is None and sys.stdin.isatty():
-            session.converse()
-            return
-        try:
-            question = sys.stdin.buffer.read().decode() if prompt is None else prompt
-        except UnicodeDecodeError as error:
-            _fail(f"the prompt on stdin is not valid UTF-8 (byte {error.start})")
-        if not question.strip():
-            _fail("nothing to ask: the prompt is empty")
-        try:
-            session.ask(question)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+        fail(str(error))
 
 
 @app.command()
@@ -412,6 +139,9 @@ def version() -> None:
         typer.echo("unknown (not installed)")
 
 
+app.add_typer(commands.app)
+
+
 def main() -> None:
     try:
         app()
@@ -422,57 +152,8 @@ def main() -> None:
         sys.exit(1)
 
 
-@contextmanager
-def _connected(
-    url: str | None, *, admin_key: str | None = None, api_key: str | None = None
-) -> Iterator[Client]:
-    """A client whose errors end the command."""
-    from supervisor.client import Client, ClientError, default_url
-
-    try:
-        with Client(url or default_url(), admin_key=admin_key, api_key=api_key) as client:
-            yield client
-    except ClientError as error:
-        _fail(str(error))
-
-
-def _show(
-    found: Sequence[Mapping[str, Any]],
-    columns: Sequence[str],
-    cells: Callable[[Mapping[str, Any]], Sequence[str]],
-    *,
-    as_json: bool,
-) -> None:
-    """What the server has told, as a table or as it is."""
-    if as_json:
-        _print_json(found)
-    else:
-        print_table(columns, map(cells, found))
-
-
-def _print_json(found: object) -> None:
-    import json
-
-    typer.echo(json.dumps(found, indent=2))
-
-
-def _model_to_load(model: str) -> tuple[str, str | None]:
-    """The id and path of ID, PATH or NAME=PATH; what is neither ends the command."""
-    from supervisor.config import ConfigError, model_to_load
-
-    try:
-        return model_to_load(model)
-    except ConfigError as error:
-        _fail(str(error), status=2)
-
-
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def _fail(message: str, status: int = 1) -> NoReturn:
-    typer.echo(f"error: {plain(message)}", err=True)
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+import typer
 
 #: Everything that moves the cursor, rings, recolours or retitles; line feed and tab stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -62,3 +65,9 @@ def give_up_stdout() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Say what is wrong, and end the command with this status."""
+    typer.echo(f"error: {plain(message)}", err=True)
+    raise typer.Exit(status)

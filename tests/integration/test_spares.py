@@ -111,6 +111,10 @@ def test_it_goes_before_a_model_has_to(tmp_path: Path, models_dir: Path) -> None
     ) as server:
         assert server.load("talker").status_code == 200
         spare = await_spare(server)
+        # Only then is it known what it really takes.
+        for _ in polls():
+            if (tmp_path / "home" / "memory.json").exists():
+                break
 
         def plan(context_length: int) -> dict[str, Any]:
             answer = server.load("endless", dry_run=True, context_length=context_length)

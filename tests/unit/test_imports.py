@@ -105,6 +105,7 @@ NOT_LEAVES = {
     "fleet",
     "main",
     "cli",
+    "commands",
     "client",
     "config",
     "chat_session",
