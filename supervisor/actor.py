@@ -127,11 +127,14 @@ class Actor:
             )
         return self._state
 
-    def submit(self, request: Job, *, streaming: bool) -> RequestStream:
+    def submit(self, request: Job, *, streaming: bool, resume: bool = True) -> RequestStream:
         """See ``Fleet.submit``."""
         self._require_usable()
         limit = 1 if self.state.probation else self._services.settings.max_queue
-        stream = self._requests.open(request, limit=limit, streaming=streaming)
+        may_resume = resume and self.spec.resume
+        stream = self._requests.open(
+            request, limit=limit, streaming=streaming, may_resume=may_resume
+        )
         self._request_count += 1
         self._last_used_at = time.time()
         return stream

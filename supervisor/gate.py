@@ -49,6 +49,7 @@ class ModelSpec:
     memory_limit_bytes: int | None
     tool_format: str | None = None
     draft_path: Path | None = None
+    resume: bool = True
 
     @property
     def account_key(self) -> AccountKey:
@@ -144,6 +145,7 @@ class Gate:
             ),
             tool_format=spec.tool_format or configured.tool_format,
             draft_path=await self.find_draft(spec.draft_model or configured.draft_model),
+            resume=self._settings.resume if configured.resume is None else configured.resume,
         )
 
     async def check_same(self, running: ModelSpec, spec: LoadSpec) -> None:

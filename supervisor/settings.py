@@ -20,6 +20,8 @@ class ModelSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tool_format: str | None = None
     #: A small model with the same vocabulary that guesses tokens ahead (mlx only).
     draft_model: str | None = None
+    #: Whether its answers go on when it crashes; None: as the other models'.
+    resume: bool | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,6 +54,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: Unload a model that had nothing to do for so long; 0, None: never. A model's own
     #: ``keep_alive_sec`` comes first.
     keep_alive_sec: int | None = None
+
+    #: Whether an answer that a crash interrupts goes on when the model is back.
+    resume: bool = True
 
     #: Silence on a stream after which something is sent that shows it is alive.
     sse_keepalive_s: float = 5.0

@@ -54,6 +54,7 @@ class Call(Request):
     ``model`` is the metrics label: the id of a tracked model, else empty.
     ``outcome`` is ``OK`` or the stable error code; a stream may change it after
     its headers have gone. ``deadline`` is the timer of the client's own deadline.
+    ``resumes`` is how often its answer has gone on after a crash, once it is released.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -62,6 +63,7 @@ class Call(Request):
         self.model = ""
         self.outcome = OK
         self.deadline: asyncio.TimerHandle | None = None
+        self.resumes = 0
 
 
 Handler = Callable[[Gateway, Call], Awaitable[Response]]
@@ -115,6 +117,8 @@ class Endpoint:
             call.outcome = refusal.code.value
             response = self._refuse(refusal, call)
         response.raw_headers.append((b"x-request-id", call.request_id))
+        if call.resumes:
+            response.raw_headers.append((b"x-resumed", b"%d" % call.resumes))
         try:
             await response(scope, receive, send)
         finally:

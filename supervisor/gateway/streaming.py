@@ -163,6 +163,8 @@ class EventStream(Response):
             self._begun = True
             await _send(send, self._events.first(self._streams), more=True)
             end = await self._relay_all(send, body, keep_alive)
+            if resumes := max(stream.resumes for stream in self._streams):
+                end += b": resumed %d\n\n" % resumes
             end += self._events.end(self._streams)
         except (ClientDisconnected, OSError):
             self._call.outcome = CLIENT_DISCONNECTED

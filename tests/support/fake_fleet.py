@@ -67,6 +67,7 @@ class Submitted:
     job: Job
     streaming: bool
     stream: RequestStream
+    resume: bool = True
     cancellation: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -170,7 +171,9 @@ class FakeFleet(Fleet):
     async def prepare(self, model_id: str) -> None:
         pass
 
-    def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
+    def submit(
+        self, model_id: str, request: Job, *, streaming: bool, resume: bool = True
+    ) -> RequestStream:
         self.model(model_id)
         if self.bug is not None:
             raise self.bug
@@ -183,7 +186,7 @@ class FakeFleet(Fleet):
             submitted.cancellation.set()
 
         stream = RequestStream(max_buffer_bytes=self.max_buffer_bytes, on_close=cancelled)
-        submitted = Submitted(model_id, request, streaming, stream)
+        submitted = Submitted(model_id, request, streaming, stream, resume)
         self.requests.append(submitted)
         self._news.set()
         if isinstance(request, Embed):
