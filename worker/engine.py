@@ -41,6 +41,10 @@ from worker.vitals import Vitals
 #: Seconds that a step waits for a constraint when there is nothing else to do: so long
 #: may a message have to wait.
 COMPILE_WAIT_S = 0.02
+#: Of an answer that is taken up again, so many tokens are computed one a step, which takes as
+#: long as it took to make them, and makes sure that the rest is what it would have been. Of
+#: a longer one all are computed at once: nobody waits for minutes for a last digit.
+STEPWISE_TOKENS = 1024
 #: Seconds between two times that it is told how far the prompts are.
 TELL_PREFILL_S = 1.0
 
@@ -130,6 +134,7 @@ class Engine:
             cache_prompt=request.cache_prompt,
             mask=mask,
             sampled=len(resumed),
+            stepwise=len(resumed) if len(resumed) <= STEPWISE_TOKENS else 0,
         )
         answer = Answer(
             spec,
