@@ -163,8 +163,6 @@ class EventStream(Response):
             self._begun = True
             await _send(send, self._events.first(self._streams), more=True)
             end = await self._relay_all(send, body, keep_alive)
-            if resumes := max(stream.resumes for stream in self._streams):
-                end += b": resumed %d\n\n" % resumes
             end += self._events.end(self._streams)
         except (ClientDisconnected, OSError):
             self._call.outcome = CLIENT_DISCONNECTED
@@ -255,6 +253,9 @@ class EventStream(Response):
             if finish is FinishReason.CANCELLED:
                 await _send(send, data, more=True)
                 raise cancelled_by_server()
+            if stream.resumes:
+                # Before what may be the last that a client reads.
+                data += b": resumed %d\n\n" % stream.resumes
             return data + events.last(index, finish, stream)
 
 

@@ -182,6 +182,47 @@ class Answer:
             self.finish.append(choice["finish_reason"])
 
 
+#: What is drawn or timed anew for every answer.
+_PASSING = {
+    *("id", "item_id", "call_id", "created", "created_at", "completed_at", "timings"),
+    "sequence_number",
+}
+#: Texts that are streamed in pieces, of any size.
+_PIECES = {
+    *("content", "reasoning_content", "arguments", "text", "delta", "thinking", "partial_json"),
+}
+
+
+def gist(body: str) -> list[tuple[str, list[str]]]:
+    """What an answer says, however its events are cut: pieces that follow each other are one."""
+    lines = body.splitlines() if not body.startswith("{") else [f"data: {body}"]
+    said: list[tuple[str, list[str]]] = []
+    for line in lines:
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        texts: list[str] = []
+        event = json.loads(line.removeprefix("data: "))
+        if event.get("type") == "ping":
+            continue
+        frame = json.dumps(_blank(event, texts))
+        if said and said[-1][0] == frame:
+            texts = [first + more for first, more in zip(said.pop()[1], texts, strict=True)]
+        said.append((frame, texts))
+    return said
+
+
+def _blank(value: Any, texts: list[str], key: str = "") -> Any:
+    """Without what is passing; its texts are put by."""
+    if isinstance(value, dict):
+        return {k: _blank(v, texts, k) for k, v in value.items() if k not in _PASSING}
+    if isinstance(value, list):
+        return [_blank(each, texts) for each in value]
+    if isinstance(value, str) and key in _PIECES:
+        texts.append(value)
+        return "..."
+    return value
+
+
 def stream(server: Server, body: dict[str, Any], headers: dict[str, str] | None = None) -> Answer:
     answer = Answer()
     body = {"stream": True, "stream_options": {"include_usage": True}, **body}
