@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -14,35 +13,45 @@ MAX_RUNS = 2
 MAX_RESUMES = 2
 #: Tokens that are kept of an answer, at four bytes each. A longer one cannot go on.
 MAX_KEPT_TOKENS = 256 * 1024
+_PUT_BY = 256
 
 
 class KeptTokens:
     """The tokens of an answer, for as long as there is no reason against keeping them."""
 
-    __slots__ = ("_tokens",)
+    __slots__ = ("_fresh", "_tokens")
 
     def __init__(self) -> None:
-        self._tokens: array[int] | None = array("i")
+        self.clear()
 
-    def add(self, tokens: Iterable[int]) -> None:
+    def clear(self) -> None:
+        self._tokens: array[int] | None = array("i")
+        #: Those that came last: to put them by one at a time would cost more.
+        self._fresh: list[int] = []
+
+    def add(self, tokens: list[int]) -> None:
+        self._fresh += tokens
+        if len(self._fresh) >= _PUT_BY:
+            self._put_by()
+
+    @property
+    def whole(self) -> list[int]:
+        """All of them; empty when there are none, or too many."""
+        self._put_by()
+        return [] if self._tokens is None else self._tokens.tolist()
+
+    def _put_by(self) -> None:
+        fresh, self._fresh = self._fresh, []
         if self._tokens is None:
             return
         try:
-            self._tokens.extend(tokens)
+            self._tokens.extend(fresh)
         except OverflowError:
             # No token of any model; the worker that said so is another's business.
             self._tokens = None
             return
         if len(self._tokens) > MAX_KEPT_TOKENS:
             self._tokens = None
-
-    @property
-    def whole(self) -> list[int]:
-        """All of them; empty when there are none, or too many."""
-        return [] if self._tokens is None else self._tokens.tolist()
-
-    def clear(self) -> None:
-        self._tokens = array("i")
 
 
 class NextRun(StrEnum):

@@ -116,8 +116,8 @@ class RequestStream:
         if self._finish is not None or self._error is not None:
             return
         self.completion_tokens += len(delta.tokens)
-        if self.kept is not None:
-            self.kept.add(delta.tokens)
+        if (kept := self.kept) is not None:
+            kept.add(delta.tokens)
         text, extras = delta.text, delta.extras
         if extras is not None:
             self.reasoning_tokens += extras.reasoning_tokens

@@ -298,17 +298,18 @@ class _Answer:
                 return self.done(finish.value)
 
     def done(self, reason: str) -> bytes:
-        return encode_json(
-            {
-                "type": "chat.done",
-                "id": msgspec.Raw(self._id),
-                "finish_reason": reason,
-                "usage": usage([self._stream]),
-                "timings": timings([self._stream]),
-                "model": self._model,
-                "system_fingerprint": fingerprint(self._gateway, self._model),
-            }
-        )
+        frame = {
+            "type": "chat.done",
+            "id": msgspec.Raw(self._id),
+            "finish_reason": reason,
+            "usage": usage([self._stream]),
+            "timings": timings([self._stream]),
+            "model": self._model,
+            "system_fingerprint": fingerprint(self._gateway, self._model),
+        }
+        if self._stream.resumes:
+            frame["resumed"] = self._stream.resumes
+        return encode_json(frame)
 
     def close(self) -> None:
         self._keep_alive.stop()

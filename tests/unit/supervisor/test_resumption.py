@@ -68,7 +68,7 @@ def test_tokens_are_kept_in_order() -> None:
 
 def test_more_tokens_than_the_bound_are_none() -> None:
     kept = KeptTokens()
-    kept.add(range(MAX_KEPT_TOKENS))
+    kept.add(list(range(MAX_KEPT_TOKENS)))
     assert len(kept.whole) == MAX_KEPT_TOKENS
     kept.add([1])
     assert kept.whole == []
