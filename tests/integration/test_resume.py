@@ -46,7 +46,7 @@ def positions() -> list[Any]:
     every = os.environ.get("RESUME_POSITIONS") == "all"
     cases = []
     for model in MODELS:
-        step = 1 if every else {"simulated": 18, "tiny-gguf": 18, "tiny-mlx": 50}[model]
+        step = 1 if every else {"simulated": 22, "tiny-gguf": 22, "tiny-mlx": 70}[model]
         for at in sorted({0, 1, *range(2, LENGTH, step), LENGTH - 1}):
             for streams in (1, 4):
                 if every or (at % 4 == 2) == (streams == 4):
