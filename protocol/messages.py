@@ -112,6 +112,9 @@ class Generate(Message, frozen=True):
     tokens (None: for none). ``echo`` puts the prompt's text before the answer. ``raw``:
     the answer to a chat is the text as the model writes it, with its reasoning and calls.
     Without ``cache_prompt`` all of the prompt is computed anew.
+
+    ``resume_tokens`` are what a worker that is no more had made of the answer: it goes on
+    behind them, and of what they mean nothing is told again. They count in ``max_tokens``.
     """
 
     request_id: int
@@ -134,6 +137,7 @@ class Generate(Message, frozen=True):
     echo: bool = False
     cache_prompt: bool = True
     raw: bool = False
+    resume_tokens: list[int] = []
 
 
 class Tokenize(Message, frozen=True):

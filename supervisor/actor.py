@@ -174,11 +174,14 @@ class Actor:
             )
         return self._state
 
-    def submit(self, request: Job, *, streaming: bool) -> RequestStream:
+    def submit(self, request: Job, *, streaming: bool, resume: bool = True) -> RequestStream:
         """See ``Fleet.submit``."""
         self._require_usable()
         limit = 1 if self.state.probation else self._services.settings.max_queue
-        return self._traffic.submit(request, limit=limit, streaming=streaming)
+        may_resume = resume and self.spec.resume
+        return self._traffic.submit(
+            request, limit=limit, streaming=streaming, may_resume=may_resume
+        )
 
     async def ask(self, inquiry: Inquiry) -> InquiryAnswer:
         """See ``Fleet.tokenize``."""

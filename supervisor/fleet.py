@@ -145,15 +145,18 @@ class Fleet:
             if error.code not in (ErrorCode.MODEL_NOT_FOUND, ErrorCode.MODEL_CONFLICT):
                 raise
 
-    def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
+    def submit(
+        self, model_id: str, request: Job, *, streaming: bool, resume: bool = True
+    ) -> RequestStream:
         """Start a request (its ``request_id`` is overwritten).
 
-        ``streaming`` False: the answer will be taken whole with ``collect``.
+        ``streaming`` False: the answer will be taken whole with ``collect``; ``resume``
+        False: it must not go on on another worker when its own dies.
         Raises at once ``model_not_found``, ``model_not_ready`` (with
         ``retry_after_s`` when a load is under way), ``model_unstable`` or
         ``rate_limit_exceeded``.
         """
-        return self._actor(model_id).submit(request, streaming=streaming)
+        return self._actor(model_id).submit(request, streaming=streaming, resume=resume)
 
     async def tokenize(self, model_id: str, inquiry: Tokenize) -> Tokenized:
         """Ask the model's worker (the ``request_id`` is overwritten), the next one if it dies.

@@ -63,6 +63,7 @@ class ModelSpec:
     draft_bytes: int = 0
     pinned: bool = False
     plan: MemoryPlan | None = None
+    resume: bool = True
 
     @property
     def account_key(self) -> AccountKey:
@@ -170,6 +171,7 @@ class Gate:
             draft_path=draft_path,
             draft_bytes=await asyncio.to_thread(_size_of, draft_path),
             pinned=spec.pinned or configured.pinned,
+            resume=self._settings.resume if configured.resume is None else configured.resume,
         )
 
     async def check_same(self, running: ModelSpec, spec: LoadSpec) -> None:

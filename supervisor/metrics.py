@@ -90,6 +90,12 @@ class Metrics:
         self._restarts = Counter(
             "opta_lmx_worker_restarts", "Respawns of workers", ["model"], registry=self._registry
         )
+        self._resumed = Counter(
+            "opta_lmx_resumed_answers",
+            "Answers that went on after a crash of their model, by how they ended",
+            ["model", "outcome"],
+            registry=self._registry,
+        )
         self._canaries = Counter(
             "opta_lmx_canary",
             "Canary runs by outcome",
@@ -125,6 +131,9 @@ class Metrics:
 
     def first_token(self, model: str, seconds: float) -> None:
         self._first_token.labels(model).observe(seconds)
+
+    def resumed(self, model: str, *, completed: bool) -> None:
+        self._resumed.labels(model, "completed" if completed else "failed").inc()
 
     def worker_failed(self, model: str, kind: str) -> None:
         self._failures.labels(model, kind).inc()

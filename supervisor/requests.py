@@ -1,8 +1,8 @@
 """The requests of one model, from submission to their last delta.
 
-A request belongs to the worker generation it was sent to. When that one dies,
-what nobody has seen anything of runs once more on the next; the rest ends in a
-typed error.
+A request belongs to the worker generation it was sent to. When that one dies, it goes
+on where it was on the next, or runs there again, if nobody has seen anything of it;
+what can do neither ends in a typed error. See ``resumption``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from enum import StrEnum
 from itertools import count
 
@@ -34,14 +33,18 @@ from protocol.messages import (
     Tokenize,
     ToWorker,
 )
+from supervisor.entries import (
+    Entry,
+    OpenInquiry,
+    prepare_next_run,
+    with_tokens_sent,
+    worker_blocked,
+)
 from supervisor.pace import Pace
 from supervisor.places import may_enter
+from supervisor.resumption import MAX_RUNS
 from supervisor.seeds import seeded
 from supervisor.stream import Prefill, RequestStream
-
-#: How often a request may be given to a worker. The second crash under it may
-#: well be its own doing.
-MAX_RUNS = 2
 
 #: Requests that were given up and of which the worker has not told the end yet. It does
 #: so within a step: one that has so many does not read, and what it is sent piles up.
@@ -64,38 +67,6 @@ class Delivery(StrEnum):
 SendToWorker = Callable[[ToWorker], Delivery]
 
 
-@dataclass(slots=True)
-class _Entry:
-    """``sent``: the connected worker has it. ``runs`` counts how often one had it.
-
-    ``asked`` is the request as it came, ``request`` what every run of it is.
-    ``opened_at`` is on the table's clock.
-    """
-
-    asked: Job
-    request: Job
-    stream: RequestStream
-    is_canary: bool
-    opened_at: float
-    sent: bool = False
-    runs: int = 0
-
-
-@dataclass(slots=True)
-class _OpenInquiry:
-    """As ``_Entry``, of what is answered whole and takes no slot."""
-
-    request: Inquiry
-    answer: asyncio.Future[InquiryAnswer]
-    sent: bool = False
-    runs: int = 0
-    is_canary: bool = False
-
-    def fail(self, error: CodedError) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
-
-
 class RequestTable:
     """All unfinished requests, and inquiries beside them, which count in none of the
     numbers. Methods run on the event loop; only ``ask`` waits.
@@ -115,10 +86,10 @@ class RequestTable:
         self._max_inquiries = max_inquiries
         self._clock = clock
         self._pace = Pace()
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Entry] = {}
         #: Given up, and not ended yet at the worker; by id, whether that was told.
         self._given_up: dict[int, bool] = {}
-        self._inquiries: dict[int, _OpenInquiry] = {}
+        self._inquiries: dict[int, OpenInquiry] = {}
         self._send: SendToWorker | None = None
         self._flows = False
         #: When the last request ended, or traffic began: since then there was nothing to do.
@@ -151,16 +122,18 @@ class RequestTable:
         streaming: bool,
         limit: int | None = None,
         is_canary: bool = False,
+        may_resume: bool = False,
     ) -> RequestStream:
         """Send a request to the connected worker and return its stream.
 
+        ``may_resume``: an answer that its worker's death interrupts may go on on the next.
         Raises ``rate_limit_exceeded``: there are ``limit`` unfinished requests already, or
         too many of this client, or the worker is alive and does not take it.
         """
         if limit is not None:
             self._require_place(request.client, limit)
         if len(self._given_up) >= MAX_GIVEN_UP:
-            raise _worker_blocked()
+            raise worker_blocked()
         request_id = next(_ids)
 
         def let_go() -> None:
@@ -169,14 +142,15 @@ class RequestTable:
         stream = RequestStream(
             max_buffer_bytes=self._max_stream_buffer_bytes if streaming else None,
             on_close=let_go,
+            keeps_tokens=may_resume and isinstance(request, Generate),
         )
         now = self._clock()
         to_run: Job = msgspec.structs.replace(request, request_id=request_id)
         if isinstance(to_run, Generate):
             to_run = msgspec.structs.replace(to_run, sampling=seeded(to_run.sampling))
-        entry = _Entry(request, to_run, stream, is_canary, opened_at=now)
+        entry = Entry(request, to_run, stream, is_canary, opened_at=now)
         if not self._run(entry):
-            raise _worker_blocked()
+            raise worker_blocked()
         self._entries[request_id] = entry
         self._pace.busy(now)
         return stream
@@ -195,9 +169,9 @@ class RequestTable:
             )
         request_id = next(_ids)
         inquiry = msgspec.structs.replace(inquiry, request_id=request_id)
-        entry = _OpenInquiry(inquiry, asyncio.get_running_loop().create_future())
+        entry = OpenInquiry(inquiry, asyncio.get_running_loop().create_future())
         if not self._run(entry):
-            raise _worker_blocked()
+            raise worker_blocked()
         self._inquiries[request_id] = entry
         try:
             return await entry.answer
@@ -247,12 +221,14 @@ class RequestTable:
 
     def prefilled(self, message: Prefilled) -> None:
         if (entry := self._entries.get(message.request_id)) is not None:
-            entry.stream.prefill = Prefill(message.computed, message.total)
+            if not entry.stream.has_started:
+                entry.stream.prefill = Prefill(message.computed, message.total)
         else:
             self._hear_of_given_up(message.request_id)
 
     def start(self, message: Started) -> None:
         if (entry := self._entries.get(message.request_id)) is not None:
+            entry.begun = True
             entry.stream.start(message.cached_tokens, self._clock() - entry.opened_at)
         else:
             self._hear_of_given_up(message.request_id)
@@ -272,7 +248,7 @@ class RequestTable:
         if not running:
             asked = any(inquiry.sent for inquiry in self._inquiries.values())
             return Phase.PREFILL if asked else Phase.IDLE
-        begun = any(entry.stream.completion_tokens for entry in running)
+        begun = any(entry.begun for entry in running)
         return Phase.DECODE if begun else Phase.PREFILL
 
     def running(self) -> list[Job]:
@@ -291,14 +267,15 @@ class RequestTable:
         return self._pace.next_place_s(self._clock())
 
     def park(self, error: CodedError) -> None:
-        """Keep what can run again unseen on the next worker; fail the rest with ``error``."""
+        """Keep what can go on on the next worker, or run there again; fail the rest with
+        ``error``."""
+        alone = self.sent() == 1
         for request_id, entry in list(self._entries.items()):
-            entry.sent = False
-            if entry.is_canary or entry.stream.delivered or entry.runs >= MAX_RUNS:
-                self._remove(request_id)
-                entry.stream.fail(_with_tokens_sent(error, entry.stream))
-            else:
-                entry.stream.restart()
+            if entry.sent or entry.is_canary:
+                entry.sent = entry.begun = False
+                if entry.is_canary or not prepare_next_run(entry, alone):
+                    self._remove(request_id)
+                    entry.stream.fail(with_tokens_sent(error, entry.stream))
         for request_id, inquiry in list(self._inquiries.items()):
             inquiry.sent = False
             if inquiry.runs >= MAX_RUNS:
@@ -316,22 +293,22 @@ class RequestTable:
         for request_id, entry in list(self._entries.items()):
             if not entry.sent and not self._run(entry):
                 self._remove(request_id)
-                entry.stream.fail(_worker_blocked())
+                entry.stream.fail(worker_blocked())
         for request_id, inquiry in list(self._inquiries.items()):
             if not inquiry.sent and not self._run(inquiry):
                 del self._inquiries[request_id]
-                inquiry.fail(_worker_blocked())
+                inquiry.fail(worker_blocked())
 
     def fail_all(self, error: CodedError) -> None:
         entries, self._entries = self._entries, {}
         inquiries, self._inquiries = self._inquiries, {}
         self._pace.idle()
         for entry in entries.values():
-            entry.stream.fail(_with_tokens_sent(error, entry.stream))
+            entry.stream.fail(with_tokens_sent(error, entry.stream))
         for inquiry in inquiries.values():
             inquiry.fail(error)
 
-    def _run(self, entry: _Entry | _OpenInquiry) -> bool:
+    def _run(self, entry: Entry | OpenInquiry) -> bool:
         """Give a request to the worker; False when that does not read.
 
         A request that is lost with its worker stays, and runs on the next one.
@@ -371,7 +348,7 @@ class RequestTable:
             # It could not be told then. It works at it, so now it may well read.
             self._given_up[request_id] = self._send(Cancel(request_id)) is Delivery.SENT
 
-    def _remove(self, request_id: int) -> _Entry | None:
+    def _remove(self, request_id: int) -> Entry | None:
         """Take a request out at its end, whatever that is."""
         entry = self._entries.pop(request_id, None)
         if entry is not None and entry.sent and not entry.is_canary and entry.stream.has_started:
@@ -381,23 +358,3 @@ class RequestTable:
             self._pace.idle()
             self.idle_since = self._clock()
         return entry
-
-
-def _with_tokens_sent(error: CodedError, stream: RequestStream) -> CodedError:
-    """An error of its own for one request: how far its answer got."""
-    sent = stream.completion_tokens if stream.delivered else 0
-    return CodedError(
-        error.code,
-        error.message,
-        param=error.param,
-        retry_after_s=error.retry_after_s,
-        details={**error.details, "tokens_sent": sent},
-    )
-
-
-def _worker_blocked() -> CodedError:
-    return CodedError(
-        ErrorCode.RATE_LIMIT_EXCEEDED,
-        "the model's worker does not take any more requests now",
-        retry_after_s=1.0,
-    )

@@ -24,6 +24,8 @@ class ModelSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tool_format: str | None = None
     #: A small model with the same vocabulary that guesses tokens ahead (mlx only).
     draft_model: str | None = None
+    #: Whether its answers go on when it crashes; None: as the other models'.
+    resume: bool | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -72,6 +74,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     #: How long running requests may go on when their model is to be unloaded.
     unload_drain_s: float = 30.0
+    #: Whether an answer that a crash interrupts goes on when the model is back.
+    resume: bool = True
 
     #: Silence on a stream after which something is sent that shows it is alive.
     sse_keepalive_s: float = 5.0

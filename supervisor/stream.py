@@ -16,6 +16,7 @@ from typing import NamedTuple
 from protocol.chat import Extras, join_extras
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Delta, FinishReason
+from supervisor.resumption import KeptTokens
 
 
 class Chunk(NamedTuple):
@@ -46,10 +47,17 @@ class RequestStream:
 
     ``on_close`` is called when the consumer lets go (``close``) before the end,
     or has fallen behind by more than ``max_buffer_bytes`` (None: no bound, for an
-    answer that is collected whole): the owner then cancels the work.
+    answer that is collected whole): the owner then cancels the work. With ``keeps_tokens``
+    the answer can go on when its worker dies.
     """
 
-    def __init__(self, *, max_buffer_bytes: int | None, on_close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        max_buffer_bytes: int | None,
+        on_close: Callable[[], None],
+        keeps_tokens: bool = False,
+    ) -> None:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.cached_tokens = 0
@@ -63,6 +71,10 @@ class RequestStream:
         self.generated_s = 0.0
         #: Of an ``Embed``: the vectors so far. All are there when ``collect`` returns.
         self.vectors: list[bytes] = []
+        #: The tokens of the answer, where they are kept.
+        self.kept = KeptTokens() if keeps_tokens else None
+        #: How often the answer has gone on, or is about to, on another worker.
+        self.resumes = 0
         self._started_at = 0.0
         self._max_buffer_bytes = max_buffer_bytes
         self._on_close = on_close
@@ -81,13 +93,19 @@ class RequestStream:
     # --- producer ---
 
     def accept(self, prompt_tokens: int) -> None:
-        """The worker took the request. Also called when it runs again elsewhere."""
-        self.prompt_tokens = prompt_tokens
-        self._accepted = True
-        self._wake()
+        """The worker took the request; of what runs again elsewhere that is nothing new."""
+        if not self._accepted:
+            self.prompt_tokens = prompt_tokens
+            self._accepted = True
+            self._wake()
 
     def start(self, cached_tokens: int, after_s: float) -> None:
-        """The worker has the prompt in its KV cache, ``cached_tokens`` of it from before."""
+        """The worker has the prompt in its KV cache, ``cached_tokens`` of it from before.
+
+        A resumed answer has started long ago.
+        """
+        if self.has_started:
+            return
         self.cached_tokens = cached_tokens
         self.prefill = None
         self.started_after_s = after_s
@@ -98,6 +116,8 @@ class RequestStream:
         if self._finish is not None or self._error is not None:
             return
         self.completion_tokens += len(delta.tokens)
+        if (kept := self.kept) is not None:
+            kept.add(delta.tokens)
         text, extras = delta.text, delta.extras
         if extras is not None:
             self.reasoning_tokens += extras.reasoning_tokens
@@ -165,10 +185,17 @@ class RequestStream:
         self.reasoning_tokens = 0
         self.prefill = None
         self.started_after_s = None
+        if self.kept is not None:
+            self.kept.clear()
 
     @property
     def ended(self) -> bool:
         return self._finish is not None or self._error is not None
+
+    @property
+    def completed(self) -> bool:
+        """Whether it has ended, and well."""
+        return self._finish is not None and self._error is None
 
     @property
     def failed(self) -> bool:

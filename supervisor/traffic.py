@@ -26,9 +26,13 @@ class Traffic:
         self.last_used_at: float | None = None
         self.draining = False
 
-    def submit(self, request: Job, *, limit: int, streaming: bool) -> RequestStream:
+    def submit(
+        self, request: Job, *, limit: int, streaming: bool, may_resume: bool
+    ) -> RequestStream:
         """See ``RequestTable.open``."""
-        stream = self.requests.open(request, limit=limit, streaming=streaming)
+        stream = self.requests.open(
+            request, limit=limit, streaming=streaming, may_resume=may_resume
+        )
         self.count += 1
         self.last_used_at = time.time()
         return stream

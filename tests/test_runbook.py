@@ -16,7 +16,7 @@ import pytest
 from supervisor import jsonfile, modelfiles
 from supervisor.runtimes import SIMULATED_VERSION
 from tests.support import hub
-from tests.support.server import Server, polls, serve, write_script
+from tests.support.server import NO_RESUME, Server, polls, serve, write_script
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNBOOK = ROOT / "docs" / "runbook.md"
@@ -62,7 +62,7 @@ class Walk:
         """Three times in the middle of an answer."""
         for generation in (1, 2, 3):
             self.server.await_state("qwen3-4b", "routable", generation=generation)
-            stream = self.server.stream("qwen3-4b", "a secret")
+            stream = self.server.stream("qwen3-4b", "a secret", NO_RESUME)
             for _ in range(3):
                 next(stream)
             self.server.kill_worker("qwen3-4b", signal.SIGSEGV)

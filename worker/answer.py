@@ -6,7 +6,7 @@ back on the way comes out with the answer's end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from protocol.chat import Extras, TokenLogprob
@@ -30,6 +30,25 @@ class Answer:
     parser: OutputParser | None = None
     echo: str = ""
     sampled: int = 0
+
+    @property
+    def limit(self) -> int:
+        """How many tokens there may be, with those of an earlier run."""
+        return self.spec.sampled + self.spec.max_tokens
+
+    @property
+    def begun(self) -> bool:
+        """Whether this run has brought anything."""
+        return self.sampled > self.spec.sampled
+
+    def replay(self, tokens: Iterable[int]) -> bool:
+        """Take the tokens of an earlier run in, whose output is with the client.
+
+        All state is then as it was: what was held back is told when its time comes.
+        False if the answer ends with them.
+        """
+        number = self.spec.sequence_id
+        return all(self.add(StepToken(number, token, False)).finish is None for token in tokens)
 
     def add(self, produced: StepToken) -> Delta:
         """Take one token in. A delta with a ``finish`` is the last.
@@ -55,7 +74,7 @@ class Answer:
         text = self.stops.feed(self.detokenizer.add(produced.token))
         if self.stops.stopped:
             return text, FinishReason.STOP
-        if self.sampled < self.spec.max_tokens:
+        if self.sampled < self.limit:
             return text, None
         rest, finish = self._rest()
         return text + rest, finish

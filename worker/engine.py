@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from protocol.chat import join_extras
-from protocol.errors import CodedError
+from protocol.errors import CodedError, ErrorCode
 from protocol.messages import (
     Accepted,
     Delta,
@@ -41,6 +41,10 @@ from worker.vitals import Vitals
 #: Seconds that a step waits for a constraint when there is nothing else to do: so long
 #: may a message have to wait.
 COMPILE_WAIT_S = 0.02
+#: Of an answer that is taken up again, so many tokens are computed one a step, which takes as
+#: long as it took to make them, and makes sure that the rest is what it would have been. Of
+#: a longer one all are computed at once: nobody waits for minutes for a last digit.
+STEPWISE_TOKENS = 1024
 #: Seconds between two times that it is told how far the prompts are.
 TELL_PREFILL_S = 1.0
 
@@ -117,19 +121,22 @@ class Engine:
 
     def _enqueue(
         self, request: Generate, prepared: Prepared, mask: TokenMask | None = None
-    ) -> Accepted:
+    ) -> Accepted | Rejected:
+        resumed = request.resume_tokens
         spec = SequenceSpec(
             sequence_id=request.request_id,
-            prompt=prepared.tokens,
-            max_tokens=self._budget(len(prepared.tokens), request.max_tokens),
+            prompt=prepared.tokens + resumed,
+            max_tokens=self._budget(len(prepared.tokens), request.max_tokens) - len(resumed),
             sampling=request.sampling,
             ignore_eos=request.ignore_eos,
             validate_logits=request.validate_logits,
             top_logprobs=request.top_logprobs,
             cache_prompt=request.cache_prompt,
             mask=mask,
+            sampled=len(resumed),
+            stepwise=len(resumed) if len(resumed) <= STEPWISE_TOKENS else 0,
         )
-        self._waiting[request.request_id] = Answer(
+        answer = Answer(
             spec,
             self._backend.new_detokenizer(prepared.markers),
             StopMatcher(request.stop),
@@ -137,6 +144,13 @@ class Engine:
             prepared.parser,
             prepared.echo,
         )
+        if spec.max_tokens < 1 or not answer.replay(resumed):
+            self._update_vitals()
+            return _rejected(request, _no_resume())
+        if mask is not None:
+            for token in resumed:
+                mask.accept(token)
+        self._waiting[request.request_id] = answer
         self._queue.enter(request.request_id, request.client, request.priority)
         self._update_vitals()
         return Accepted(request.request_id, len(prepared.tokens))
@@ -187,11 +201,11 @@ class Engine:
                 # Made ahead, as it turned out past the end: nobody's.
                 continue
             answer = self._running[sequence_id]
-            if not answer.sampled:
+            if not answer.begun:
                 started.append(Started(sequence_id, produced.cached_tokens))
             delta = answer.add(produced)
             if delta.finish is not None:
-                if answer.stops.stopped and answer.sampled < answer.spec.max_tokens:
+                if answer.stops.stopped and answer.sampled < answer.limit:
                     self._backend.cancel(sequence_id)
                 del self._running[sequence_id]
                 self._queue.leave(sequence_id)
@@ -228,7 +242,7 @@ class Engine:
         told = [
             Prefilled(request_id, self._backend.computed(request_id), len(answer.spec.prompt))
             for request_id, answer in self._running.items()
-            if not answer.sampled
+            if not answer.begun
         ]
         if told:
             self._prefill_told_at = now
@@ -258,7 +272,7 @@ class Engine:
         vitals.in_hand = len(self._running) + len(self._waiting) + len(self._compiling)
         if not vitals.in_hand:
             vitals.phase = Phase.IDLE
-        elif self._running and all(answer.sampled for answer in self._running.values()):
+        elif self._running and all(answer.begun for answer in self._running.values()):
             vitals.phase = Phase.DECODE
         else:
             vitals.phase = Phase.PREFILL
@@ -266,6 +280,11 @@ class Engine:
 
 def _rejected(request: Job, error: CodedError) -> Rejected:
     return Rejected(request.request_id, error.code, error.message, error.param)
+
+
+def _no_resume() -> CodedError:
+    # Whoever made the tokens would have ended the answer with them.
+    return CodedError(ErrorCode.INTERNAL_ERROR, "the answer does not go on behind its tokens")
 
 
 def _join(first: Delta, second: Delta) -> Delta:

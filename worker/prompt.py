@@ -100,6 +100,7 @@ class PromptBuilder:
         if not prepared.tokens:
             raise CodedError(ErrorCode.INVALID_VALUE, "the prompt has no tokens", param=param)
         self._check_tokens(request.sampling.logit_bias, "logit_bias")
+        self._check_tokens(request.resume_tokens, "resume_tokens")
         if len(prepared.tokens) >= self._model.context_length:
             raise self._too_long(str(len(prepared.tokens)), param)
         return prepared

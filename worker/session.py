@@ -169,8 +169,9 @@ class Service:
     Whatever has arrived is looked at before every step, so that a cancellation holds
     from the next one on. New requests are only put by; as many as fit the budget are
     submitted, in the order in which their clients are entitled to, and the others
-    after the step: however many arrive at once, the running answers go on. Inquiries
-    wait for their turn like requests, but for no slot.
+    after the step: however many arrive at once, the running answers go on. Answers that
+    were interrupted together begin together, as the batch they were in. Inquiries wait for
+    their turn like requests, but for no slot.
     """
 
     def __init__(
@@ -195,7 +196,9 @@ class Service:
             for message in self._link.pending():
                 if not self._receive(message):
                     return
-            self._submit()
+            if self._submit():
+                # What was interrupted with it may be there by now.
+                continue
             if not self._engine.idle:
                 self._step()
 
@@ -218,18 +221,25 @@ class Service:
         self._order.enter(message.request_id, client, priority)
         self._arrived[message.request_id] = message
 
-    def _submit(self) -> None:
+    def _submit(self) -> bool:
+        """Whether an answer that goes on was among it."""
+        resumed = False
         until = self._clock() + SUBMISSION_BUDGET_S
         while (request_id := self._order.take()) is not None:
             # It is no more than a turn: what runs counts in the engine's own queue.
             self._order.leave(request_id)
             message = self._arrived.pop(request_id)
+            goes_on = False
             if isinstance(message, Tokenize | Detokenize):
                 self._link.send(self._engine.answer(message))
-            elif (answer := self._engine.submit(message)) is not None:
-                self._link.send(answer)
-            if self._clock() >= until:
-                return
+            else:
+                goes_on = isinstance(message, Generate) and bool(message.resume_tokens)
+                if (answer := self._engine.submit(message)) is not None:
+                    self._link.send(answer)
+            resumed = resumed or goes_on
+            if self._clock() >= until and not goes_on:
+                break
+        return resumed
 
     def _cancel(self, request_id: int) -> None:
         if self._arrived.pop(request_id, None) is not None:

@@ -300,17 +300,18 @@ class _Answer:
                 return self.done(finish.value)
 
     def done(self, reason: str) -> bytes:
-        return encode_json(
-            {
-                "type": "chat.done",
-                "id": msgspec.Raw(self._id),
-                "finish_reason": reason,
-                "usage": usage(self._streams),
-                "timings": timings(self._streams),
-                "model": self._call.model,
-                "system_fingerprint": fingerprint(self._gateway, self._call.model),
-            }
-        )
+        frame = {
+            "type": "chat.done",
+            "id": msgspec.Raw(self._id),
+            "finish_reason": reason,
+            "usage": usage(self._streams),
+            "timings": timings(self._streams),
+            "model": self._call.model,
+            "system_fingerprint": fingerprint(self._gateway, self._call.model),
+        }
+        if resumes := sum(stream.resumes for stream in self._streams):
+            frame["resumed"] = resumes
+        return encode_json(frame)
 
     def close(self) -> None:
         self._keep_alive.stop()

@@ -74,6 +74,7 @@ class Call(Request):
     its headers have gone. ``deadline`` is the timer of the client's own deadline.
     ``served_by`` is the id of the model that serves it, once that is certain;
     ``candidates`` are those it may still go to, when it did not name one by its id.
+    ``resumes`` is how often its answer has gone on after a crash, once it is released.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -84,6 +85,7 @@ class Call(Request):
         self.deadline: asyncio.TimerHandle | None = None
         self.served_by = ""
         self.candidates: Candidates[list[RequestStream]] | None = None
+        self.resumes = 0
 
 
 Handler = Callable[[Gateway, Call], Awaitable[Response]]
@@ -140,6 +142,8 @@ class Endpoint:
             if call.served_by:
                 response.raw_headers.append((SERVED_BY, _header_value(call.served_by)))
         response.raw_headers.append((b"x-request-id", call.request_id))
+        if call.resumes:
+            response.raw_headers.append((b"x-resumed", b"%d" % call.resumes))
         try:
             await response(scope, receive, send)
         finally:

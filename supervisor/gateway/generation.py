@@ -87,7 +87,8 @@ async def _start(
     try:
         for request in requests:
             request = msgspec.structs.replace(request, client=terms.client, priority=terms.priority)
-            streams.append(gateway.fleet.submit(model, request, streaming=streaming))
+            stream = gateway.fleet.submit(model, request, streaming=streaming, resume=terms.resume)
+            streams.append(stream)
     except CodedError as error:
         if error.code is not ErrorCode.MODEL_NOT_FOUND:
             call.model = model
@@ -222,6 +223,9 @@ def _let_go(gateway: Gateway, call: Call, streams: Sequence[RequestStream]) -> N
         stream.close()
         if stream.started_after_s is not None:
             gateway.metrics.started(call.model, stream.started_after_s)
+        if stream.resumes:
+            gateway.metrics.resumed(call.model, completed=stream.completed)
+    call.resumes = max((stream.resumes for stream in streams), default=0)
     gateway.metrics.tokens(
         call.model,
         sum(stream.prompt_tokens for stream in streams),

@@ -1,4 +1,5 @@
-"""What a request says about when it should run: whose it is, in which lane, until when.
+"""What a request says about how it should run: whose it is, in which lane, until when,
+and whether it goes on after a crash.
 
 The worker's queue takes turns among clients, so who is one has to be guessed from
 what there is. It is only ever a guess: it decides about turns, never about access.
@@ -17,6 +18,7 @@ from protocol.messages import Priority
 
 PRIORITY_HEADER = "X-Priority"
 TIMEOUT_HEADER = "X-Request-Timeout"
+RESUME_HEADER = "X-Resume"
 #: Headers by which a client names itself; the second is that of OpenClaw's agents.
 CLIENT_HEADERS = ("X-Client-Id", "X-OpenClaw-Agent-Id")
 
@@ -30,6 +32,7 @@ class Terms(NamedTuple):
     """``timeout_s`` counts from ``arrived`` (``time.perf_counter``); None: no deadline.
 
     ``client`` names the client for the queue, ``client_name`` is what it calls itself.
+    ``resume``: its answers may go on when their worker dies.
     """
 
     client: str
@@ -37,6 +40,7 @@ class Terms(NamedTuple):
     timeout_s: float | None
     arrived: float
     client_name: str | None = None
+    resume: bool = True
 
 
 def terms_of(
@@ -45,7 +49,8 @@ def terms_of(
     """See ``client_of``. Raises ``invalid_value`` with the header's name as ``param``."""
     client = client_of(request, api_key=api_key, claims=claims)
     name = _header_name(request) or _claimed_name(claims)
-    return Terms(client, _priority(request), _timeout_s(request), arrived, name)
+    timeout_s, resume = _timeout_s(request), _resume(request)
+    return Terms(client, _priority(request), timeout_s, arrived, name, resume)
 
 
 def client_of(request: Request, *, api_key: str | None, claims: tuple[Any, ...] = ()) -> str:
@@ -113,6 +118,13 @@ def _timeout_s(request: Request) -> float | None:
         what = f"a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
         raise _invalid(TIMEOUT_HEADER, what, value)
     return seconds
+
+
+def _resume(request: Request) -> bool:
+    value = request.headers.get(RESUME_HEADER, "auto")
+    if (word := value.strip().lower()) not in {"auto", "never"}:
+        raise _invalid(RESUME_HEADER, "auto or never", value)
+    return word == "auto"
 
 
 def _invalid(header: str, what: str, value: str) -> CodedError:

@@ -273,6 +273,9 @@ class EventStream(Response):
             if finish is FinishReason.CANCELLED:
                 await _send(send, data, more=True)
                 raise cancelled_by_server()
+            if stream.resumes:
+                # Before what may be the last that a client reads.
+                data += b": resumed %d\n\n" % stream.resumes
             return data + events.last(index, finish, stream)
 
 

@@ -50,7 +50,7 @@ class OpenTraffic:
 
 @dataclass(frozen=True, slots=True)
 class ParkRequests:
-    """The worker is lost: keep what can run again on the next one, fail the rest."""
+    """The worker is lost: keep what can go on or run again on the next one, fail the rest."""
 
     reason: str
 

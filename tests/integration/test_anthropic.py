@@ -341,7 +341,9 @@ def test_a_stream_that_is_closed_frees_its_slot(
 
 
 def test_a_crash_in_the_stream_is_an_error(scripted: Server, client: anthropic.Anthropic) -> None:
-    with client.messages.stream(model="slow", max_tokens=1000, messages=HI) as stream:
+    with client.messages.stream(
+        model="slow", max_tokens=1000, messages=HI, extra_headers={"X-Resume": "never"}
+    ) as stream:
         texts = iter(stream.text_stream)
         next(texts)
         scripted.kill_worker("slow")

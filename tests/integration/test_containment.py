@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.support.server import (
+    NO_RESUME,
     Server,
     alive,
     await_gone,
@@ -84,7 +85,7 @@ def test_a_killed_worker_leaves_the_other_stream_alone(server: Server, models_di
     steady: list[str] = []
     reader = threading.Thread(target=lambda: steady.extend(server.stream("steady")))
     reader.start()
-    stream = server.stream("victim")
+    stream = server.stream("victim", headers=NO_RESUME)
     payloads = [next(stream) for _ in range(10)]
     server.kill_worker("victim")
     payloads += stream
@@ -103,6 +104,18 @@ def test_a_killed_worker_leaves_the_other_stream_alone(server: Server, models_di
     assert view["readiness"]["crash_count"] == 1
     answer = server.chat("victim", max_tokens=3)
     assert answer.json()["choices"][0]["message"]["content"] == "0 1 2 "
+
+
+def test_a_stream_goes_on_where_its_worker_died(server: Server, models_dir: Path) -> None:
+    write_script(models_dir, "resumed", tokens=COUNTING, step_delay_s=0.01)
+    server.load("resumed")
+    stream = server.stream("resumed")
+    payloads = [next(stream) for _ in range(10)]
+    server.kill_worker("resumed")
+    payloads += stream
+    assert text_of(payloads) == "".join(COUNTING)
+    assert payloads[-1] == "[DONE]"
+    assert server.model("resumed")["generation"] == 2
 
 
 def test_a_request_that_nobody_saw_anything_of_runs_again(server: Server, models_dir: Path) -> None:
@@ -126,7 +139,7 @@ def test_a_request_that_nobody_saw_anything_of_runs_again(server: Server, models
         ("abort", "SIGABRT"),
         ("exit", "exited with status 1"),
         ("raise", "simulated backend exception"),
-        ("hang", "no progress in decode"),
+        ("hang", "no progress in prefill"),  # as the second run has not come to a token
     ],
 )
 def test_a_request_that_kills_every_time_ends_in_an_error(

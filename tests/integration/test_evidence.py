@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.support.memory_cgroup import NotAllowed, memory_cgroup
-from tests.support.server import Server, await_gone, polls, serve, write_script
+from tests.support.server import NO_RESUME, Server, await_gone, polls, serve, write_script
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Iterat
 def test_a_crash_mid_stream_leaves_a_whole_record(server: Server, models_dir: Path) -> None:
     write_script(models_dir, "crash", tokens=["some ", "words "], repeat=True, step_delay_s=0.01)
     server.load("crash")
-    stream = server.stream("crash", "a secret")
+    stream = server.stream("crash", "a secret", NO_RESUME)
     for _ in range(5):
         next(stream)
     server.kill_worker("crash", signal.SIGSEGV)
@@ -213,7 +213,7 @@ def test_a_real_kill_by_the_kernel_is_one_for_memory(tmp_path: Path) -> None:
         )
         for name in ("greedy", "modest"):
             assert server.load(name).status_code == 200
-        last = list(server.stream("greedy", "more"))[-1]
+        last = list(server.stream("greedy", "more", NO_RESUME))[-1]
         assert "out-of-memory killer" in json.loads(last)["error"]["message"]
         view = server.await_state("greedy", "routable", generation=2)
         assert view["readiness"]["crash_count"] == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.server import Server, serve, text_of
+from tests.support.server import NO_RESUME, Server, serve, text_of
 
 OTHER = {"tiny-gguf": "tiny-mlx", "tiny-mlx": "tiny-gguf"}
 ANSWER: dict[str, Any] = {"temperature": 0, "max_tokens": 400, "ignore_eos": True}
@@ -34,7 +34,7 @@ def test_kill_one_while_both_stream(server: Server, victim: str) -> None:
 
     streamed: list[str] = []
     reader = threading.Thread(target=lambda: streamed.extend(server.stream(survivor, **ANSWER)))
-    dying = server.stream(victim, **{**ANSWER, "max_tokens": 1900})
+    dying = server.stream(victim, headers=NO_RESUME, **{**ANSWER, "max_tokens": 1900})
     next(dying)
     reader.start()
     next(dying)

@@ -285,7 +285,9 @@ def await_text(stream: openai.Stream[ResponseStreamEvent]) -> None:
 def test_a_crash_in_a_stream_is_an_error_of_the_client(
     scripted: openai.OpenAI, server: Server
 ) -> None:
-    stream = scripted.responses.create(model="counter", input="Hi", stream=True)
+    stream = scripted.responses.create(
+        model="counter", input="Hi", stream=True, extra_headers={"X-Resume": "never"}
+    )
     await_text(stream)
     server.kill_worker("counter")
     with pytest.raises(openai.APIError) as crashed:

@@ -74,6 +74,7 @@ class Submitted:
     job: Job
     streaming: bool
     stream: RequestStream
+    resume: bool = True
     cancellation: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -248,7 +249,9 @@ class FakeFleet(Fleet):
         if self.preparation_may_end is not None:
             await self.preparation_may_end.wait()
 
-    def submit(self, model_id: str, request: Job, *, streaming: bool) -> RequestStream:
+    def submit(
+        self, model_id: str, request: Job, *, streaming: bool, resume: bool = True
+    ) -> RequestStream:
         self.model(model_id)
         if model_id in self.refusals:
             raise self.refusals[model_id]
@@ -263,7 +266,7 @@ class FakeFleet(Fleet):
             submitted.cancellation.set()
 
         stream = RequestStream(max_buffer_bytes=self.max_buffer_bytes, on_close=cancelled)
-        submitted = Submitted(model_id, request, streaming, stream)
+        submitted = Submitted(model_id, request, streaming, stream, resume)
         self.requests.append(submitted)
         self._news.set()
         if isinstance(request, Embed):

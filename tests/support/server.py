@@ -33,6 +33,9 @@ _SURROUNDINGS = {
 #: Longest that a server may take to listen, a model to load, a state to come.
 TIMEOUT_S = 60.0
 
+#: For a request whose answer ends with its worker.
+NO_RESUME = {"X-Resume": "never"}
+
 
 class Server:
     """A running ``opta-lmx serve``; everything it prints is kept in ``output``."""
@@ -110,7 +113,13 @@ class Server:
             },
         )
 
-    def stream(self, model_id: str, content: str = "Hi", **options: object) -> Iterator[str]:
+    def stream(
+        self,
+        model_id: str,
+        content: str = "Hi",
+        headers: dict[str, str] | None = None,
+        **options: object,
+    ) -> Iterator[str]:
         """The ``data:`` payloads of a streamed answer, as they arrive."""
         body = {
             "model": model_id,
@@ -118,7 +127,8 @@ class Server:
             "messages": [{"role": "user", "content": content}],
             **options,
         }
-        with self.http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        url = "/v1/chat/completions"
+        with self.http.stream("POST", url, json=body, headers=headers or {}) as answer:
             if answer.status_code != 200:
                 raise AssertionError(answer.read().decode())
             for line in answer.iter_lines():

@@ -50,6 +50,7 @@ PURE = (
     "changes",
     "names",
     "presets",
+    "resumption",
 )
 IMPURE_MODULES = {"asyncio", "zmq", "os", "time", "random", "threading", "subprocess", "pathlib"}
 
@@ -75,7 +76,9 @@ LEAVES_MAY_IMPORT = {
     "catalog": {"admission", "gguf_model", "modelfiles"},
     "canary": {"stream"},
     "embedding_canary": {"canary", "stream"},
-    "requests": {"pace", "places", "seeds", "stream"},
+    "stream": {"resumption"},
+    "entries": {"resumption", "stream"},
+    "requests": {"entries", "pace", "places", "resumption", "seeds", "stream"},
     "incidents": {"jsonfile"},
     "casefile": {"incidents"},
     "status": {"lifecycle", "quarantine"},

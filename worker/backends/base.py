@@ -78,8 +78,12 @@ class SequenceSpec:
 
     The token at position k of the answer is drawn from a function of the seed and k
     alone: ``sampled`` is how many positions are over, for a sequence that is taken
-    up again with the tokens it had made at the end of its ``prompt``. Without
-    ``cache_prompt`` all of the prompt is computed, whatever is in the prompt cache.
+    up again with the tokens it had made at the end of its ``prompt``. The last
+    ``stepwise`` of those are computed one a step, as when they were made: the sums of a
+    batch of other size may differ in their last digits, and with them what is likeliest.
+    ``mask`` knows all of them.
+
+    Without ``cache_prompt`` all of the prompt is computed, whatever is in the prompt cache.
     """
 
     sequence_id: int
@@ -91,7 +95,18 @@ class SequenceSpec:
     mask: TokenMask | None = None
     top_logprobs: int | None = None
     sampled: int = 0
+    stepwise: int = 0
     cache_prompt: bool = True
+
+    @property
+    def head(self) -> Sequence[int]:
+        """What of the prompt is computed in any pieces."""
+        return self.prompt[: len(self.prompt) - self.stepwise]
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """What of the prompt is computed one a step."""
+        return self.prompt[len(self.prompt) - self.stepwise :]
 
 
 class TokenLogprobs(NamedTuple):

@@ -56,6 +56,7 @@ class _Sequence:
     It decodes while all tokens but the last are in the cache. ``found``: tokens that
     were there already, until that is told. ``drafted``: there may be cells behind its
     cached length, of guesses. ``forks``: how much of it others have that waited with it.
+    ``ahead``: how the answer goes on, as far as an earlier run of it had come.
     """
 
     spec: SequenceSpec
@@ -68,6 +69,7 @@ class _Sequence:
     answered: bool = False
     drafted: bool = False
     forks: set[int] = field(default_factory=set)
+    ahead: deque[int] = field(default_factory=deque)
 
 
 class _Chunk(NamedTuple):
@@ -110,12 +112,13 @@ class Scheduler:
     def admit(self, spec: SequenceSpec) -> None:
         sequence = _Sequence(
             spec=spec,
-            tokens=token_array(spec.prompt),
+            tokens=token_array(spec.head),
             sampler=Sampler(spec, self._vocabulary, self._context_length),
             remaining=spec.max_tokens,
             inspects=bool(
                 spec.validate_logits or spec.mask is not None or spec.top_logprobs is not None
             ),
+            ahead=deque(spec.steps),
         )
         if self._pool.traits.has_state:
             self._note_forks(sequence)
@@ -188,7 +191,7 @@ class Scheduler:
         if not self._draft_tokens or self._waiting or len(self._decoding) != 1:
             return token_array(())
         sequence = self._decoding[0]
-        if sequence.inspects:
+        if sequence.inspects or sequence.ahead:
             return token_array(())
         # The last token of an answer is never computed.
         return guess(sequence.tokens, min(self._draft_tokens, sequence.remaining - 1))
@@ -288,6 +291,10 @@ class Scheduler:
         result = []
         ended = []
         for row, sequence in rows:
+            if sequence.ahead:
+                sequence.tokens.append(sequence.ahead.popleft())
+                self.prefilled += 1
+                continue
             logprobs = None
             if sequence.inspects:
                 token, is_end, logprobs = self._inspect(row, sequence)

@@ -37,6 +37,7 @@ from worker.backends.mlx_sampling import (
     LogprobsTap,
     create_logits_processors,
     create_sampler,
+    idle_for,
 )
 from worker.backends.prefill_pace import PrefillPace
 from worker.backends.prefixes import Tokens, common_length, token_array
@@ -60,6 +61,7 @@ class _Sequence:
     computed: int = 0  # tokens of the prompt in the KV cache, with those found
     stops: list[int] = field(default_factory=list)  # where a snapshot will be taken
     logprobs: LogprobsTap | None = None
+    ahead: int = 0  # tokens of the prompt's end that are still computed one a step
     answer: Tokens = field(default_factory=lambda: token_array(()))  # the tokens told so far
 
     @property
@@ -105,7 +107,8 @@ class SequenceBatch:
 
     def admit(self, spec: SequenceSpec) -> None:
         # Only the next step knows what arrived together.
-        self._waiting[spec.sequence_id] = _Sequence(spec, token_array(spec.prompt))
+        prompt = token_array(spec.head)
+        self._waiting[spec.sequence_id] = _Sequence(spec, prompt, ahead=spec.stepwise)
 
     def step(self) -> list[StepToken]:
         if self._alone is not None and not self._waiting:
@@ -122,7 +125,7 @@ class SequenceBatch:
             self._count(response.uid, response.progress[0])
         if prompts:
             self._pace.measured(self.prefilled - before, time.perf_counter() - begun)
-        sampled = [self._sampled(response) for response in responses]
+        sampled = [token for each in responses if (token := self._sampled(each)) is not None]
         if self._draft is not None:
             self._leave(self._draft)
         return sampled
@@ -193,6 +196,8 @@ class SequenceBatch:
         if spec.top_logprobs is not None:
             sequence.logprobs = LogprobsTap(spec.top_logprobs)
             processors.insert(0, sequence.logprobs)
+        if sequence.ahead:
+            processors = [idle_for(sequence.ahead, each) for each in processors]
         segments = [prompt[start:end] for start, end in pairwise(cuts)]
         uid = self._insert(spec, segments, prompt[:found], caches, processors)
         self._running[uid] = sequence
@@ -207,7 +212,7 @@ class SequenceBatch:
     ) -> int:
         (uid,) = self._generator.insert_segments(
             [segments],
-            max_tokens=[spec.max_tokens],
+            max_tokens=[spec.stepwise + spec.max_tokens],
             caches=[caches],
             all_tokens=[known],
             samplers=[create_sampler(spec, self._vocab_size)],
@@ -268,7 +273,9 @@ class SequenceBatch:
         if alone is None:
             return
         (sequence,) = self._running.values()
-        spec = replace(sequence.spec, max_tokens=alone.remaining, sampled=alone.position)
+        spec = replace(
+            sequence.spec, max_tokens=alone.remaining, sampled=alone.position, stepwise=0
+        )
         *known, last = alone.tokens.tolist()
         processors = create_logits_processors(spec, self._end_tokens, self._context_length)
         uid = self._insert(spec, [[last]], known, alone.caches, processors)
@@ -301,9 +308,16 @@ class SequenceBatch:
             sequence.stops.remove(sequence.computed)
             self._kept.keep(self._snapshot(uid))
 
-    def _sampled(self, response: Any) -> StepToken:
+    def _sampled(self, response: Any) -> StepToken | None:
+        """What there is to tell; None: the token was known."""
         uid, token = response.uid, response.token
         sequence = self._running[uid]
+        if sequence.ahead:
+            sequence.ahead -= 1
+            sequence.prompt.append(token)
+            sequence.computed += 1
+            self.prefilled += 1
+            return None
         sampled = StepToken(
             sequence.spec.sequence_id,
             token,

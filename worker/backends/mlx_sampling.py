@@ -59,18 +59,35 @@ def create_sampler(spec: SequenceSpec, vocab_size: int) -> Sampler:
     """A sampler for one sequence, called once per token in order.
 
     Greedy sequences share one function: the generator then samples them in one call.
+    What ``spec.steps`` are is known, and comes first.
     """
-    if spec.sampling.temperature < LOWEST_TEMPERATURE:
+    if spec.sampling.temperature < LOWEST_TEMPERATURE and not spec.stepwise:
         return greedy_sampler
     draw = create_draw(spec, vocab_size)
     position = spec.sampled
+    ahead = iter(spec.steps)
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal position
+        if (known := next(ahead, None)) is not None:
+            return mx.array([known], mx.uint32)
         position += 1
         return draw(logprobs, position - 1)
 
     return sample
+
+
+def idle_for(calls: int, process: LogitsProcessor) -> LogitsProcessor:
+    """Leaves the logits of so many steps alone; nothing is sampled from them."""
+
+    def wait(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal calls
+        if calls:
+            calls -= 1
+            return logits
+        return process(tokens, logits)
+
+    return wait
 
 
 def create_logits_processors(

@@ -166,7 +166,7 @@ class SimulatedBackend:
 
     def admit(self, spec: SequenceSpec) -> None:
         self._strike(FaultPoint.PROMPT, prompt=self._text(spec))
-        self._running[spec.sequence_id] = (spec, 0)
+        self._running[spec.sequence_id] = (spec, spec.sampled)
         self._prefilling[spec.sequence_id] = len(spec.prompt)
 
     def step(self) -> list[StepToken]:
@@ -181,7 +181,7 @@ class SimulatedBackend:
             is_end = position >= count and not endless
             token = self._end_token if is_end else BYTE_TOKENS + position % count
             produced.append(StepToken(sequence_id, token, is_end))
-            if is_end or position + 1 >= spec.max_tokens:
+            if is_end or position + 1 >= spec.sampled + spec.max_tokens:
                 del self._running[sequence_id]
             else:
                 self._running[sequence_id] = (spec, position + 1)

@@ -269,13 +269,8 @@ class Run(Victim):
             if spec.hangs:
                 return {"refused:model_load_timeout"}
             return {"refused:model_loader_crashed"}
-        if spec.expect is Expect.UNHARMED:
-            return {"whole"}
-        if phase is Phase.PREFILL:
-            # Nothing was sent yet: it runs again, unseen. A real prefill may have
-            # ended before the signal came.
-            return {"whole", "error:model_crashed"} if self.real else {"whole"}
-        return {"error:model_crashed"}
+        # What is interrupted runs again, unseen, or goes on where it was.
+        return {"whole"}
 
     # --- after ---
 

@@ -114,6 +114,21 @@ async def test_a_draft_model_of_the_settings(tmp_path: Path) -> None:
     assert model.draft_path == scene.models / "small.sim.json"
 
 
+@pytest.mark.parametrize(
+    ("own", "all_", "expected"),
+    [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
+)
+async def test_whether_answers_go_on_is_a_models_own_setting_first(
+    tmp_path: Path, own: bool | None, all_: bool, expected: bool
+) -> None:
+    scene = Scene(tmp_path)
+    (scene.models / "m.sim.json").write_text("{}")
+    models = (ModelSetting(path="m", resume=own),)
+    settings = Settings(home=tmp_path, enable_simulated=True, models=models, resume=all_)
+    gate = Gate(settings, scene.registry, ())
+    assert (await gate.admit(LoadSpec(model_id="m"))).resume is expected
+
+
 async def test_a_draft_model_that_is_nowhere_is_no_verdict_on_the_model(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     (scene.models / "large.sim.json").write_text("{}")

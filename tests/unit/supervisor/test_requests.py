@@ -533,3 +533,148 @@ async def test_vectors_of_an_abandoned_request_are_dropped(table: RequestTable) 
     assert worker.sent[-1] == Cancel(worker.request_id(0))
     table.embed(Embedded(worker.request_id(0), [b"1"], last=True))
     assert not stream.vectors
+
+
+# --- going on where it was --------------------------------------------------------
+
+
+def open_resumable(table: RequestTable, worker: Worker, *, streaming: bool = True) -> RequestStream:
+    table.connect(worker)
+    table.resume()
+    return table.open(Generate(0, prompt="x"), streaming=streaming, may_resume=True)
+
+
+def crash(table: RequestTable) -> Worker:
+    """The worker dies; the next one, which has got what goes on."""
+    table.disconnect()
+    table.park(CRASHED)
+    worker = Worker()
+    table.connect(worker)
+    table.resume()
+    return worker
+
+
+def run_of(worker: Worker) -> Generate:
+    message = worker.sent[-1]
+    assert isinstance(message, Generate)
+    return message
+
+
+async def test_what_was_seen_goes_on_with_its_tokens(table: RequestTable) -> None:
+    first = Worker()
+    stream = open_resumable(table, first)
+    number = first.request_id()
+    table.accept(Accepted(number, 7))
+    table.start(Started(number, 3))
+    table.deliver([Delta(number, "a", [11]), Delta(number, "bc", [12, 13])])
+    assert (await stream.next()).text == "abc"
+    # Received and not delivered yet: with the client all the same.
+    table.deliver([Delta(number, "d", [14])])
+    second = crash(table)
+    assert run_of(second).resume_tokens == [11, 12, 13, 14]
+    assert run_of(second).sampling == run_of(first).sampling
+    table.accept(Accepted(number, 99))
+    table.prefilled(Prefilled(number, 1, 2))
+    table.start(Started(number, 0))
+    assert (await stream.next()).text == "d"
+    table.deliver([Delta(number, "e", [15], FinishReason.STOP)])
+    last = await stream.next()
+    assert (last.text, last.finish) == ("e", FinishReason.STOP)
+    assert (stream.prompt_tokens, stream.cached_tokens, stream.completion_tokens) == (7, 3, 5)
+    assert (stream.resumes, stream.completed, stream.prefill) == (1, True, None)
+
+
+async def test_an_answer_that_is_collected_goes_on_as_well(table: RequestTable) -> None:
+    first = Worker()
+    stream = open_resumable(table, first, streaming=False)
+    table.deliver([Delta(first.request_id(), "half", [1])])
+    second = crash(table)
+    assert run_of(second).resume_tokens == [1]
+    table.deliver([Delta(second.request_id(), " whole", [2], FinishReason.STOP)])
+    assert (await stream.collect()).text == "half whole"
+
+
+async def test_what_has_made_nothing_begins_anew_and_counts_as_no_resume(
+    table: RequestTable,
+) -> None:
+    first = Worker()
+    stream = open_resumable(table, first)
+    second = crash(table)
+    assert run_of(second) == run_of(first)
+    assert stream.resumes == 0
+
+
+async def test_an_answer_goes_on_twice_and_no_more(table: RequestTable) -> None:
+    worker = Worker()
+    stream = open_resumable(table, worker)
+    for token in range(2):
+        table.deliver([Delta(worker.request_id(), "x", [token])])
+        worker = crash(table)
+    assert run_of(worker).resume_tokens == [0, 1]
+    table.deliver([Delta(worker.request_id(), "x", [2])])
+    assert (await stream.next()).text == "xxx"
+    assert crash(table).sent == []
+    with pytest.raises(CodedError, match="SIGSEGV") as error:
+        await stream.next()
+    assert error.value.details["tokens_sent"] == 3
+
+
+async def test_who_kills_at_the_same_token_again_alone_is_given_up(table: RequestTable) -> None:
+    first = Worker()
+    stream = open_resumable(table, first)
+    table.deliver([Delta(first.request_id(), "x", [1])])
+    assert run_of(crash(table)).resume_tokens == [1]
+    assert crash(table).sent == []
+    await stream.next()
+    with pytest.raises(CodedError):
+        await stream.next()
+
+
+async def test_who_has_company_is_not_taken_for_the_culprit(table: RequestTable) -> None:
+    first = Worker()
+    stream = open_resumable(table, first)
+    table.deliver([Delta(first.request_id(), "x", [1])])
+    table.open(Generate(0, prompt="y"), streaming=True, may_resume=True)
+    crash(table)
+    last = crash(table)
+    assert [each.resume_tokens for each in last.sent if isinstance(each, Generate)] == [[1]]
+    assert not stream.ended
+
+
+async def test_a_death_while_it_waits_is_not_the_requests(table: RequestTable) -> None:
+    first = Worker()
+    stream = open_resumable(table, first)
+    table.deliver([Delta(first.request_id(), "x", [1])])
+    table.disconnect()
+    table.park(CRASHED)
+    for _ in range(5):
+        # Of workers that do not get as far as taking requests.
+        table.park(CRASHED)
+    worker = Worker()
+    table.connect(worker)
+    table.resume()
+    assert run_of(worker).resume_tokens == [1]
+    assert stream.resumes == 1
+
+
+async def test_a_resumed_answer_is_a_prefill_until_it_goes_on(table: RequestTable) -> None:
+    first = Worker()
+    open_resumable(table, first)
+    number = first.request_id()
+    table.start(Started(number, 0))
+    table.deliver([Delta(number, "x", [1])])
+    assert table.phase() is Phase.DECODE
+    crash(table)
+    assert table.phase() is Phase.PREFILL
+    table.start(Started(number, 0))
+    assert table.phase() is Phase.DECODE
+
+
+async def test_an_answer_that_may_not_go_on_ends_as_before(table: RequestTable) -> None:
+    first = Worker()
+    stream = open_on(table, first)
+    table.deliver([text_delta(first, "seen")])
+    await stream.next()
+    assert crash(table).sent == []
+    with pytest.raises(CodedError):
+        await stream.next()

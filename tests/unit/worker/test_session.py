@@ -25,7 +25,7 @@ from protocol.messages import (
     Tokenized,
     ToWorker,
 )
-from worker.backends.simulated import SimulatedBackend
+from worker.backends.simulated import BYTE_TOKENS, SimulatedBackend
 from worker.engine import Engine
 from worker.session import Service
 from worker.vitals import Vitals
@@ -234,3 +234,18 @@ def test_a_refused_inquiry_leaves_no_trace(tmp_path: Path) -> None:
     serve(tmp_path, link)
     assert link.about(1) == ["Rejected"]
     assert link.about(2) == ["Accepted", "Started", "length"]
+
+
+# --- answers that go on ---
+
+
+def test_answers_that_were_interrupted_together_begin_together(tmp_path: Path) -> None:
+    first, *others = (
+        Generate(1 + number, prompt="x", resume_tokens=[BYTE_TOKENS]) for number in range(4)
+    )
+    # The others come while the first is looked at, each of which takes more than the budget.
+    link = ScriptedLink([first], list(others), [], [])
+    serve(tmp_path, link, cost_s=0.05, max_sequences=4)
+    assert {steps_before(link, Accepted, 1 + number) for number in range(4)} == {0}
+    step = next(message for message in link.sent if isinstance(message, Step))
+    assert [delta.request_id for delta in step.deltas] == [1, 2, 3, 4]

@@ -307,6 +307,19 @@ async def test_a_full_queue_says_when_to_come_back(serve: Serve, fleet: FakeFlee
     assert refused["retry_after"] == 1
 
 
+async def test_an_answer_that_went_on_says_so_at_its_end(serve: Serve, fleet: FakeFleet) -> None:
+    fleet.script = None
+    async with serve() as url, opened(url) as socket:
+        for name, resumes in (("a", 0), ("b", 2)):
+            await ask(socket, name)
+            submitted = await fleet.request(resumes // 2)
+            submitted.accept()
+            submitted.stream.resumes = resumes
+            submitted.finish()
+            done = (await hear_all(socket, name))[-1]
+            assert done.get("resumed", 0) == resumes
+
+
 async def test_a_failure_ends_its_request_only(serve: Serve, fleet: FakeFleet) -> None:
     fleet.script = None
     async with serve() as url, opened(url) as socket:
