@@ -55,6 +55,7 @@ class ErrorCode(StrEnum):
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     STREAM_OVERFLOW = "stream_overflow"
     REQUEST_CANCELLED = "request_cancelled"
+    REQUEST_POISONED = "request_poisoned"
     REQUEST_NOT_FOUND = "request_not_found"
     RESPONSE_NOT_FOUND = "response_not_found"
     PREVIOUS_RESPONSE_NOT_FOUND = "previous_response_not_found"

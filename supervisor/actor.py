@@ -79,6 +79,7 @@ class Actor:
             registry=services.registry,
             incidents=services.incidents,
             fingerprints=services.fingerprints,
+            convicts=services.convicts,
             metrics=services.metrics,
         )
         self._loaded_at: float | None = None
@@ -177,6 +178,7 @@ class Actor:
     def submit(self, request: Job, *, streaming: bool, resume: bool = True) -> RequestStream:
         """See ``Fleet.submit``."""
         self._require_usable()
+        self._services.convicts.check(self.spec.model_id, request)
         limit = 1 if self.state.probation else self._services.settings.max_queue
         may_resume = resume and self.spec.resume
         return self._traffic.submit(
@@ -429,6 +431,7 @@ class Actor:
             failure,
             self._generation,
             self._requests.running(),
+            convicted=self._requests.convict() if failure.kind is not None else None,
             quarantined=account.quarantined,
             crash_count=count_in_window(account, self._services.policy, now),
         )

@@ -85,6 +85,7 @@ class CaseFile:
         crash_count: int,
         output: str,
         in_flight: Sequence[str],
+        convicted: str | None = None,
     ) -> Incident:
         """The incident of a failure that was just counted; the process may still be there."""
         now = time.time()
@@ -110,6 +111,7 @@ class CaseFile:
             stacks=stacks_in(output)[-OUTPUT_BYTES:],
             memory=list(self._memory),
             in_flight=list(in_flight),
+            convicted=convicted,
             timeline=list(self._timeline),
         )
         return self._incident

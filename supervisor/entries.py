@@ -19,9 +19,11 @@ class Entry:
 
     ``asked`` is the request as it came, ``request`` what its next run is. The current one
     has ``begun`` to answer; ``made_before`` is how many tokens there were already.
+    ``suspect``: it was in flight when a worker died; ``convicted``: it is to blame for that.
     ``opened_at`` is on the table's clock.
     """
 
+    id: int
     asked: Job
     request: Job
     stream: RequestStream
@@ -31,6 +33,28 @@ class Entry:
     begun: bool = False
     runs: int = 0
     made_before: int = 0
+    suspect: bool = False
+    convicted: bool = False
+
+    @property
+    def gained(self) -> int:
+        """Tokens that its current run has added."""
+        return self.stream.completion_tokens - self.made_before
+
+    def run_as(self, request_id: int) -> bool:
+        """Take it from its worker, to run later from where it is; False if it cannot."""
+        kept = self.stream.kept.whole if self.stream.kept is not None else []
+        if not kept:
+            return False
+        self.id = request_id
+        self.request = msgspec.structs.replace(
+            self.request, request_id=request_id, resume_tokens=kept
+        )
+        self.made_before = self.stream.completion_tokens
+        self.sent = self.begun = False
+        # It has not been lost.
+        self.runs -= 1
+        return True
 
 
 @dataclass(slots=True)
@@ -55,7 +79,7 @@ def prepare_next_run(entry: Entry, alone: bool) -> bool:
     lost = Lost(
         runs=entry.runs,
         made=made,
-        gained=made - entry.made_before,
+        gained=entry.gained,
         kept=bool(kept),
         delivered=stream.delivered,
         alone=alone,
@@ -72,8 +96,17 @@ def prepare_next_run(entry: Entry, alone: bool) -> bool:
     return True
 
 
-def with_tokens_sent(error: CodedError, stream: RequestStream) -> CodedError:
-    """An error of its own for one request: how far its answer got."""
+def blamed(error: CodedError, entry: Entry) -> CodedError:
+    """An error of its own for one request, whose worker died with ``error``: how far its
+    answer got, and whether that was its own doing."""
+    stream = entry.stream
+    if entry.convicted:
+        error = CodedError(
+            ErrorCode.REQUEST_POISONED,
+            f"{error.message}; it was this request that crashed it, twice, the second time "
+            "alone: the same request is refused for an hour",
+            details=error.details,
+        )
     sent = stream.completion_tokens if stream.delivered else 0
     return CodedError(
         error.code,

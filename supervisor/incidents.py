@@ -56,7 +56,8 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
     ``kind`` is how it failed, ``code`` what clients were told. ``phase`` is one of the
     worker's, or ``canary`` while the model was on trial. ``exit_status`` is
     negative for a signal, whose name is ``signal``. ``stacks`` are the worker's Python
-    stacks, when it could still write them. ``in_flight`` are request fingerprints.
+    stacks, when it could still write them. ``in_flight`` are request fingerprints, and
+    ``convicted`` is that of the one to blame, if that is certain.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -82,6 +83,7 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
     stacks: str = ""
     memory: list[MemorySample] = []
     in_flight: list[str] = []
+    convicted: str | None = None
     timeline: list[Moment] = []
 
 

@@ -10,6 +10,7 @@ from protocol.errors import ErrorCode
 from protocol.messages import Job
 from supervisor.canary import CanaryReport
 from supervisor.compatibility import Outcome
+from supervisor.convicts import Convicts
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.incidents import Fingerprints, IncidentStore
@@ -34,12 +35,14 @@ class Recorder:
         registry: Registry,
         incidents: IncidentStore,
         fingerprints: Fingerprints,
+        convicts: Convicts,
         metrics: Metrics,
     ) -> None:
         self._spec = spec
         self._registry = registry
         self._incidents = incidents
         self._fingerprints = fingerprints
+        self._convicts = convicts
         self._metrics = metrics
         earlier = incidents.list(model=spec.model_id, limit=1)
         self.last_incident_id = earlier[0].id if earlier else None
@@ -55,10 +58,14 @@ class Recorder:
         generation: Generation | None,
         running: Sequence[Job],
         *,
+        convicted: Job | None,
         quarantined: bool,
         crash_count: int,
     ) -> None:
-        """A failure or a refusal; one that counts makes an incident."""
+        """A failure or a refusal; one that counts makes an incident.
+
+        ``running`` had the worker, and ``convicted`` of them is to blame.
+        """
         on_trial = failure.code is ErrorCode.MODEL_CANARY_FAILED
         if on_trial:
             self._metrics.canary_ended(self._spec.model_id, "fail")
@@ -78,9 +85,11 @@ class Recorder:
                 quarantined=quarantined,
                 crash_count=crash_count,
                 output=generation.output_tail,
-                in_flight=[self._fingerprints.of(self._spec.model_id, r) for r in running],
+                in_flight=[self._fingerprint(request) for request in running],
+                convicted=None if convicted is None else self._fingerprint(convicted),
             )
             self._incidents.put(incident)
+            self._convicts.note(incident)
             self.last_incident_id = incident.id
             metadata["incident_id"] = incident.id
         self._add("fail", failure.reason, metadata)
@@ -90,6 +99,9 @@ class Recorder:
         incident = generation.case.close(generation.exit_status, generation.output_tail)
         if incident is not None:
             self._incidents.put(incident)
+
+    def _fingerprint(self, request: Job) -> str:
+        return self._fingerprints.of(self._spec.model_id, request)
 
     def _add(self, outcome: Outcome, reason: str, metadata: dict[str, object]) -> None:
         remember(self._registry, self._spec, outcome, reason, metadata)

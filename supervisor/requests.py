@@ -36,8 +36,8 @@ from protocol.messages import (
 from supervisor.entries import (
     Entry,
     OpenInquiry,
+    blamed,
     prepare_next_run,
-    with_tokens_sent,
     worker_blocked,
 )
 from supervisor.pace import Pace
@@ -45,6 +45,7 @@ from supervisor.places import may_enter
 from supervisor.resumption import MAX_RUNS
 from supervisor.seeds import seeded
 from supervisor.stream import Prefill, RequestStream
+from supervisor.suspects import Suspects, convict
 
 #: Requests that were given up and of which the worker has not told the end yet. It does
 #: so within a step: one that has so many does not read, and what it is sent piles up.
@@ -92,6 +93,7 @@ class RequestTable:
         self._inquiries: dict[int, OpenInquiry] = {}
         self._send: SendToWorker | None = None
         self._flows = False
+        self._suspects = Suspects()
         #: When the last request ended, or traffic began: since then there was nothing to do.
         self.idle_since = clock()
 
@@ -137,7 +139,7 @@ class RequestTable:
         request_id = next(_ids)
 
         def let_go() -> None:
-            self._abandon(request_id)
+            self._abandon(entry)
 
         stream = RequestStream(
             max_buffer_bytes=self._max_stream_buffer_bytes if streaming else None,
@@ -148,7 +150,7 @@ class RequestTable:
         to_run: Job = msgspec.structs.replace(request, request_id=request_id)
         if isinstance(to_run, Generate):
             to_run = msgspec.structs.replace(to_run, sampling=seeded(to_run.sampling))
-        entry = Entry(request, to_run, stream, is_canary, opened_at=now)
+        entry = Entry(request_id, request, to_run, stream, is_canary, opened_at=now)
         if not self._run(entry):
             raise worker_blocked()
         self._entries[request_id] = entry
@@ -202,6 +204,8 @@ class RequestTable:
                     )
                     continue
             entry.stream.push(delta)
+        if self._suspects.current is not None and self._suspects.is_cleared():
+            self._pause_and_call_next()
 
     def embed(self, message: Embedded) -> None:
         """Hand vectors out; those of abandoned requests are dropped."""
@@ -273,38 +277,74 @@ class RequestTable:
         for request_id, entry in list(self._entries.items()):
             if entry.sent or entry.is_canary:
                 entry.sent = entry.begun = False
+                self._suspects.accuse(entry)
                 if entry.is_canary or not prepare_next_run(entry, alone):
                     self._remove(request_id)
-                    entry.stream.fail(with_tokens_sent(error, entry.stream))
+                    entry.stream.fail(blamed(error, entry))
         for request_id, inquiry in list(self._inquiries.items()):
             inquiry.sent = False
             if inquiry.runs >= MAX_RUNS:
                 del self._inquiries[request_id]
                 inquiry.fail(error)
 
+    def convict(self) -> Job | None:
+        """The request, as it came, that the worker's death is to blame on, if that is certain.
+
+        It ends with ``request_poisoned``, whatever becomes of the others. Call it between the
+        death and ``park`` or ``fail_all``.
+        """
+        entry = convict(self._entries.values())
+        return None if entry is None else entry.asked
+
     def resume(self) -> None:
-        """Run what was parked, oldest first, on the connected worker, and what comes."""
-        self._flows = True
+        """Run what was parked on the connected worker, and what comes: first those who were in
+        flight at its predecessor's death, one after the other, then everybody."""
         self.idle_since = now = self._clock()
         # What they have waited for was no answer.
         self._pace.idle()
         if self._entries:
             self._pace.busy(now)
-        for request_id, entry in list(self._entries.items()):
+        self._call_next()
+
+    def _call_next(self) -> None:
+        """Let the next suspect have the worker alone; everybody, if there is none."""
+        while (entry := self._suspects.call(self._entries.values())) is not None:
+            if self._run(entry):
+                return
+            self._refuse(entry)
+        self._flows = True
+        for entry in sorted(self._entries.values(), key=lambda entry: entry.opened_at):
             if not entry.sent and not self._run(entry):
-                self._remove(request_id)
-                entry.stream.fail(worker_blocked())
+                self._refuse(entry)
         for request_id, inquiry in list(self._inquiries.items()):
             if not inquiry.sent and not self._run(inquiry):
                 del self._inquiries[request_id]
                 inquiry.fail(worker_blocked())
 
+    def _pause_and_call_next(self) -> None:
+        """Take the worker from one that is cleared, for those that are not."""
+        entry = self._suspects.current
+        assert entry is not None
+        others = any(each.suspect for each in self._entries.values())
+        before = entry.id
+        if others and self._send is not None and entry.run_as(next(_ids)):
+            del self._entries[before]
+            self._entries[entry.id] = entry
+            self._given_up[before] = self._send(Cancel(before)) is Delivery.SENT
+        self._call_next()
+
+    def _refuse(self, entry: Entry) -> None:
+        """The worker does not take it."""
+        self._entries.pop(entry.id, None)
+        entry.stream.fail(worker_blocked())
+
     def fail_all(self, error: CodedError) -> None:
+        self._suspects = Suspects()
         entries, self._entries = self._entries, {}
         inquiries, self._inquiries = self._inquiries, {}
         self._pace.idle()
         for entry in entries.values():
-            entry.stream.fail(with_tokens_sent(error, entry.stream))
+            entry.stream.fail(blamed(error, entry))
         for inquiry in inquiries.values():
             inquiry.fail(error)
 
@@ -313,7 +353,8 @@ class RequestTable:
 
         A request that is lost with its worker stays, and runs on the next one.
         """
-        if self._send is None or not (self._flows or entry.is_canary):
+        may_run = self._flows or entry.is_canary or entry is self._suspects.current
+        if self._send is None or not may_run:
             return True
         delivery = self._send(entry.request)
         if delivery is Delivery.SENT:
@@ -335,10 +376,12 @@ class RequestTable:
             )
         raise CodedError(ErrorCode.RATE_LIMIT_EXCEEDED, reason, retry_after_s=self.retry_after_s())
 
-    def _abandon(self, request_id: int) -> None:
-        entry = self._remove(request_id)
-        if entry is not None and entry.sent and self._send is not None:
-            self._given_up[request_id] = self._send(Cancel(request_id)) is Delivery.SENT
+    def _abandon(self, entry: Entry) -> None:
+        if self._entries.get(entry.id) is not entry:
+            return
+        if entry.sent and self._send is not None:
+            self._given_up[entry.id] = self._send(Cancel(entry.id)) is Delivery.SENT
+        self._remove(entry.id)
 
     def _hear_of_given_up(self, request_id: int, *, ended: bool = False) -> None:
         """The worker has spoken of a request that nobody waits for any more."""
@@ -357,4 +400,6 @@ class RequestTable:
         if not self._entries:
             self._pace.idle()
             self.idle_since = self._clock()
+        if entry is not None and self._suspects.forget(entry):
+            self._call_next()
         return entry

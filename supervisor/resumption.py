@@ -63,6 +63,12 @@ class NextRun(StrEnum):
     NONE = "none"
 
 
+def is_guilty(runs: int, gained: int) -> bool:
+    """Whether a request that was alone in flight when its worker died is to blame for that:
+    it was in flight at an earlier death as well, and has come no token further since."""
+    return runs > 1 and not gained
+
+
 class Lost(NamedTuple):
     """A request whose worker has died. ``made`` tokens of its answer are known, ``gained``
     of them by its last run; ``kept``: which they are, too. ``alone``: no other request was
@@ -82,6 +88,6 @@ def next_run(lost: Lost) -> NextRun:
     A resumed one that was alone and has not come a token further kills wherever it runs.
     """
     if lost.made and lost.kept:
-        hopeless = lost.alone and lost.runs > 1 and not lost.gained
+        hopeless = lost.alone and is_guilty(lost.runs, lost.gained)
         return NextRun.NONE if hopeless or lost.runs > MAX_RESUMES else NextRun.RESUMED
     return NextRun.AGAIN if lost.runs < MAX_RUNS and not lost.delivered else NextRun.NONE

@@ -8,7 +8,8 @@ import zmq
 
 from supervisor.accounts import AccountStore
 from supervisor.channel import SocketFolder
-from supervisor.incidents import Fingerprints, IncidentStore
+from supervisor.convicts import Convicts
+from supervisor.incidents import MAX_INCIDENTS, Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.marks import server_mark
 from supervisor.memory_lessons import MemoryLessons
@@ -30,6 +31,7 @@ class Services:
     accounts: AccountStore
     incidents: IncidentStore
     fingerprints: Fingerprints
+    convicts: Convicts
     ledger: WorkerLedger
     metrics: Metrics
     zmq_context: zmq.Context[zmq.Socket[bytes]]
@@ -53,7 +55,7 @@ class Services:
 def open_services(settings: Settings, metrics: Metrics) -> Services:
     """Read the state of ``settings.home``, whose lock the caller holds."""
     home = settings.home
-    registry = Registry(home)
+    registry, incidents, fingerprints = Registry(home), IncidentStore(home), Fingerprints(home)
     policy = Policy(
         threshold=settings.failure_threshold,
         window_s=settings.failure_window_s,
@@ -65,8 +67,9 @@ def open_services(settings: Settings, metrics: Metrics) -> Services:
         policy=policy,
         registry=registry,
         accounts=AccountStore(home, policy, on_turn=registry.add_event),
-        incidents=IncidentStore(home),
-        fingerprints=Fingerprints(home),
+        incidents=incidents,
+        fingerprints=fingerprints,
+        convicts=Convicts(fingerprints, incidents.list(limit=MAX_INCIDENTS)),
         ledger=WorkerLedger(home),
         metrics=metrics,
         zmq_context=zmq.Context(),

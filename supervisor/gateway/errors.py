@@ -67,6 +67,7 @@ _ANSWERS: dict[ErrorCode, _Answer] = {
     ErrorCode.STREAM_OVERFLOW: _Answer(500, _SERVER),
     # As others say "the client did not wait for it"; no client library tries it again.
     ErrorCode.REQUEST_CANCELLED: _Answer(499, _INVALID),
+    ErrorCode.REQUEST_POISONED: _Answer(422, _INVALID),
     ErrorCode.REQUEST_NOT_FOUND: _Answer(404, _NOT_FOUND),
     ErrorCode.RESPONSE_NOT_FOUND: _Answer(404, _NOT_FOUND),
     ErrorCode.PREVIOUS_RESPONSE_NOT_FOUND: _Answer(400, _INVALID),

@@ -15,7 +15,15 @@ _DEFAULT_RECORDS = 100
 
 _INCIDENT_SUMMARY = (
     *("id", "model", "generation", "phase", "kind", "code", "reason", "timestamp"),
-    *("quarantined", "crash_count", "backend", "backend_version", "exit_status", "signal"),
+    *(
+        "quarantined",
+        "crash_count",
+        "backend",
+        "backend_version",
+        "exit_status",
+        "signal",
+        "convicted",
+    ),
 )
 
 

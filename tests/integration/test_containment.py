@@ -386,13 +386,13 @@ def test_two_supervisors_on_one_home(tmp_path: Path) -> None:
 
 
 SPAWNS_FAIL_ONCE = """
-import supervisor.generation as generation
-real, left = generation.WorkerProcess, [1]
+import supervisor.worker as worker
+real, left = worker.WorkerProcess, [1]
 def process(*arguments, **options):
     if left:
         raise RuntimeError(f"can't start new thread{left.pop()}")
     return real(*arguments, **options)
-generation.WorkerProcess = process
+worker.WorkerProcess = process
 """
 
 

@@ -32,6 +32,7 @@ from protocol.messages import (
 from supervisor import generation, marks, worker
 from supervisor.accounts import AccountStore
 from supervisor.channel import Channel, SocketFolder
+from supervisor.convicts import Convicts
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.incidents import Fingerprints, IncidentStore
@@ -116,6 +117,7 @@ class Scene:
             accounts=AccountStore(home),
             incidents=IncidentStore(home),
             fingerprints=Fingerprints(home),
+            convicts=Convicts(Fingerprints(home), []),
             ledger=WorkerLedger(home),
             metrics=Metrics(),
             zmq_context=self.context,

@@ -630,17 +630,6 @@ async def test_who_kills_at_the_same_token_again_alone_is_given_up(table: Reques
         await stream.next()
 
 
-async def test_who_has_company_is_not_taken_for_the_culprit(table: RequestTable) -> None:
-    first = Worker()
-    stream = open_resumable(table, first)
-    table.deliver([Delta(first.request_id(), "x", [1])])
-    table.open(Generate(0, prompt="y"), streaming=True, may_resume=True)
-    crash(table)
-    last = crash(table)
-    assert [each.resume_tokens for each in last.sent if isinstance(each, Generate)] == [[1]]
-    assert not stream.ended
-
-
 async def test_a_death_while_it_waits_is_not_the_requests(table: RequestTable) -> None:
     first = Worker()
     stream = open_resumable(table, first)
