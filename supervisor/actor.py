@@ -358,7 +358,8 @@ class Actor:
                 self._requests.resume()
             case lifecycle.ParkRequests():
                 self._lose_worker()
-                self._requests.park(self._error(ErrorCode.MODEL_CRASHED, command.reason))
+                error = self._error(ErrorCode.MODEL_CRASHED, command.reason)
+                self._requests.park(error, accuse=not self._was_killed_from_outside())
             case lifecycle.FailRequests():
                 self._lose_worker()
                 self._requests.fail_all(self._error(command.code, command.reason))
@@ -431,10 +432,16 @@ class Actor:
             failure,
             self._generation,
             self._requests.running(),
-            convicted=self._requests.convict() if failure.kind is not None else None,
+            convicted=self._convict() if failure.kind is not None else None,
             quarantined=account.quarantined,
             crash_count=count_in_window(account, self._services.policy, now),
         )
+
+    def _convict(self) -> Job | None:
+        return None if self._was_killed_from_outside() else self._requests.convict()
+
+    def _was_killed_from_outside(self) -> bool:
+        return self._generation is not None and self._generation.killed_from_outside
 
     def _answer_loads(self, command: lifecycle.AnswerLoads) -> None:
         if command.code is None:

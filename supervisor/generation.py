@@ -12,6 +12,7 @@ import contextlib
 import logging
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Coroutine
 
@@ -60,6 +61,8 @@ LAST_WORDS_TIMEOUT_S = 0.25
 #: How long the end of a worker may wait for that of its helpers, which hold memory, too.
 HELPERS_TIMEOUT_S = 2.0
 
+_ON_LINUX = sys.platform == "linux"
+
 #: How often a worker's progress is looked at.
 WATCH_INTERVAL_S = 1.0
 
@@ -107,6 +110,8 @@ class Generation:
         #: Why the generation was given up with its process still there; that is
         #: reaped when it ends after all.
         self.stuck: str | None = None
+        #: Somebody has killed the process who is none of us, nor the kernel: no request did.
+        self.killed_from_outside = False
         self._explained = False
         self._tasks: set[asyncio.Task[None]] = set()
         # What was killed before cannot explain the end of what is spawned now.
@@ -334,6 +339,9 @@ class Generation:
                 kind, reason = self._hang
             elif self._was_oom_killed():
                 kind, reason = FailureKind.MEMORY, "killed by the kernel's out-of-memory killer"
+            killed = self._process.exit_status == -signal.SIGKILL and not self._stopping
+            # Elsewhere the system kills so what takes too much memory.
+            self.killed_from_outside = _ON_LINUX and killed and kind is FailureKind.SIGNAL
             if tail := self._process.output_tail.strip():
                 log.debug("last output of %s, which %s:\n%s", self._name, reason, tail[-4000:])
             self._post(WorkerFailed(self.number, kind, reason, random.random()))

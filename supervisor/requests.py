@@ -270,14 +270,14 @@ class RequestTable:
         """Seconds until a place may be expected to be free; see ``pace``."""
         return self._pace.next_place_s(self._clock())
 
-    def park(self, error: CodedError) -> None:
+    def park(self, error: CodedError, *, accuse: bool = True) -> None:
         """Keep what can go on on the next worker, or run there again; fail the rest with
-        ``error``."""
-        alone = self.sent() == 1
+        ``error``. ``accuse``: one of those in flight may be to blame."""
+        alone = accuse and self.sent() == 1
         for request_id, entry in list(self._entries.items()):
             if entry.sent or entry.is_canary:
                 entry.sent = entry.begun = False
-                self._suspects.accuse(entry)
+                self._suspects.accuse(entry, suspected=accuse)
                 if entry.is_canary or not prepare_next_run(entry, alone):
                     self._remove(request_id)
                     entry.stream.fail(blamed(error, entry))

@@ -22,9 +22,9 @@ class Suspects:
     def __init__(self) -> None:
         self.current: Entry | None = None
 
-    def accuse(self, entry: Entry) -> None:
-        """It was in flight when its worker died."""
-        entry.suspect = True
+    def accuse(self, entry: Entry, *, suspected: bool) -> None:
+        """It was in flight when its worker died, which may be its doing if it is suspected."""
+        entry.suspect = entry.suspect or suspected
         self.current = None
 
     def call(self, entries: Iterable[Entry]) -> Entry | None:

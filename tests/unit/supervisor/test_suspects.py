@@ -66,13 +66,13 @@ class Machine:
                 self.running[number] = name, at + 1
         self.table.deliver(deltas)
 
-    def crash(self) -> None:
+    def crash(self, *, from_outside: bool = False) -> None:
         self.crashes += 1
         self.running.clear()
-        if (convict := self.table.convict()) is not None:
+        if not from_outside and (convict := self.table.convict()) is not None:
             self.convicted.append(convict)
         self.table.disconnect()
-        self.table.park(CRASHED)
+        self.table.park(CRASHED, accuse=not from_outside)
         self.table.connect(self)
         self.table.resume()
 
@@ -154,6 +154,19 @@ async def test_a_model_that_dies_with_nothing_in_flight_blames_nobody() -> None:
     stream = machine.open("a")
     machine.run()
     assert await text_of(stream) == counted(3)
+    assert machine.convicted == []
+
+
+async def test_who_is_killed_from_outside_blames_nobody() -> None:
+    machine = Machine({"a": 20, "b": 20})
+    streams = [machine.open("a"), machine.open("b")]
+    machine.step()
+    for _ in range(2):
+        machine.crash(from_outside=True)
+    machine.step()
+    assert machine.steps[-1] == {"a", "b"}
+    machine.run()
+    assert [await text_of(each) for each in streams] == [counted(20)] * 2
     assert machine.convicted == []
 
 
