@@ -46,7 +46,7 @@ def positions() -> list[Any]:
     every = os.environ.get("RESUME_POSITIONS") == "all"
     cases = []
     for model in MODELS:
-        step = 1 if every else {"simulated": 22, "tiny-gguf": 22, "tiny-mlx": 70}[model]
+        step = 1 if every else {"simulated": 27, "tiny-gguf": 27, "tiny-mlx": 99}[model]
         ends = {0, 1, LENGTH - 1} if every or step < 50 else {LENGTH - 1}
         for at in sorted({*range(2, LENGTH, step), *ends}):
             for streams in (1, 4):
@@ -242,8 +242,8 @@ def test_who_does_not_want_to_go_on_gets_the_error(rig: Interruptible) -> None:
 
 
 def test_a_deadline_goes_on_while_the_model_is_down(rig: Interruptible) -> None:
-    faulty(rig.server, "late", {"n": 20, "kind": "kill", "times": 1}, load_delay_s=2.0)
-    answer = stream(rig.server, dying("late"), {"X-Request-Timeout": "1"})
+    faulty(rig.server, "late", {"n": 20, "kind": "kill", "times": 1}, load_delay_s=1.2)
+    answer = stream(rig.server, dying("late"), {"X-Request-Timeout": "0.6"})
     assert answer.text == "".join(COUNTING[:20])
     assert answer.errors[0]["code"] == "request_timeout"
     rig.server.await_state("late", "routable", generation=2)
