@@ -46,8 +46,9 @@ def positions() -> list[Any]:
     every = os.environ.get("RESUME_POSITIONS") == "all"
     cases = []
     for model in MODELS:
-        step = 1 if every else {"simulated": 22, "tiny-gguf": 22, "tiny-mlx": 70}[model]
-        for at in sorted({0, 1, *range(2, LENGTH, step), LENGTH - 1}):
+        step = 1 if every else {"simulated": 27, "tiny-gguf": 27, "tiny-mlx": 99}[model]
+        ends = {0, 1, LENGTH - 1} if every or step < 50 else {LENGTH - 1}
+        for at in sorted({*range(2, LENGTH, step), *ends}):
             for streams in (1, 4):
                 if every or (at % 4 == 2) == (streams == 4):
                     cases.append(pytest.param(model, at, streams, id=f"{model}-{at}-{streams}"))
@@ -161,8 +162,10 @@ def test_several_answers_of_a_request_all_go_on(rig: Interruptible) -> None:
     assert answer.headers["x-resumed"] == "1"
 
 
-@pytest.mark.parametrize("at", [1, 7, 15])
-def test_a_constrained_answer_stays_within_its_schema(rig: Interruptible, at: int) -> None:
+@pytest.mark.parametrize(("model", "at"), [("tiny-gguf", 1), ("tiny-gguf", 15), ("tiny-mlx", 7)])
+def test_a_constrained_answer_stays_within_its_schema(
+    rig: Interruptible, model: str, at: int
+) -> None:
     pytest.importorskip("llguidance")
     schema = {
         "type": "object",
@@ -174,7 +177,7 @@ def test_a_constrained_answer_stays_within_its_schema(rig: Interruptible, at: in
         "additionalProperties": False,
     }
     body = {
-        **{"model": "tiny-gguf", "messages": ASK, "seed": 3, "max_tokens": 300},
+        **{"model": model, "messages": ASK, "seed": 3, "max_tokens": 300},
         "response_format": {
             "type": "json_schema",
             "json_schema": {"name": "person", "schema": schema, "strict": True},
@@ -239,8 +242,8 @@ def test_who_does_not_want_to_go_on_gets_the_error(rig: Interruptible) -> None:
 
 
 def test_a_deadline_goes_on_while_the_model_is_down(rig: Interruptible) -> None:
-    faulty(rig.server, "late", {"n": 20, "kind": "kill", "times": 1}, load_delay_s=2.0)
-    answer = stream(rig.server, dying("late"), {"X-Request-Timeout": "1"})
+    faulty(rig.server, "late", {"n": 20, "kind": "kill", "times": 1}, load_delay_s=1.2)
+    answer = stream(rig.server, dying("late"), {"X-Request-Timeout": "0.6"})
     assert answer.text == "".join(COUNTING[:20])
     assert answer.errors[0]["code"] == "request_timeout"
     rig.server.await_state("late", "routable", generation=2)

@@ -204,6 +204,9 @@ def gist(body: str) -> list[tuple[str, list[str]]]:
         event = json.loads(line.removeprefix("data: "))
         if event.get("type") == "ping":
             continue
+        if event.get("type") == "message_start":
+            # How far the answer is by then is a matter of moments.
+            del event["message"]["usage"]
         frame = json.dumps(_blank(event, texts))
         if said and said[-1][0] == frame:
             texts = [first + more for first, more in zip(said.pop()[1], texts, strict=True)]
