@@ -98,6 +98,16 @@ class Fleet:
         """Every tracked model, and every one that rests in quarantine; in the order of ids."""
         return [self.model(name) for name in sorted(self._actors.keys() | self._resting.models())]
 
+    def files_in_use(self) -> dict[Path, str]:
+        """Where the models are that run or are about to, and their draft models: by whom."""
+        used: dict[Path, str] = {}
+        for name, actor in self._actors.items():
+            if not actor.rests:
+                used[actor.spec.files.path] = name
+                if actor.spec.draft_path is not None:
+                    used[actor.spec.draft_path] = name
+        return used
+
     def spares(self) -> list[SpareView]:
         """Workers that wait without a model."""
         return self._spares.views()

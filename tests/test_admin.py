@@ -376,3 +376,17 @@ def test_an_open_bind_without_keys_is_refused(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=30)
     assert process.returncode != 0
     assert "--allow-unauthenticated" in output
+
+
+def test_a_draft_model_is_not_deleted_while_it_guesses(
+    server: Server, models_dir: Path, tiny_mlx: Path
+) -> None:
+    shutil.copytree(tiny_mlx, models_dir / "guesser")
+    loaded = server.load("org/tiny-mlx", draft_model="guesser")
+    assert loaded.status_code == 200, loaded.text
+    refused = server.http.delete("/admin/models/guesser")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_conflict")
+    assert "org/tiny-mlx" in refused.json()["error"]["message"]
+    unload(server, "org/tiny-mlx")
+    assert server.http.delete("/admin/models/guesser").status_code == 200
+    assert not (models_dir / "guesser").exists()

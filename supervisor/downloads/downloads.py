@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from supervisor.downloads.records import INTERRUPTED, MAX_RECORDS, Records
 from supervisor.downloads.selection import Wanted
 from supervisor.gate import LoadSpec
 from supervisor.settings import Settings
-from supervisor.views import LoadResult, ModelView
+from supervisor.views import LoadResult
 
 log = logging.getLogger(__name__)
 
@@ -155,11 +155,11 @@ class Downloads:
         await self._end([operation])
         return operation.view()
 
-    async def remove(self, model_id: str, tracked: Sequence[ModelView]) -> tuple[str, int]:
+    async def remove(self, model_id: str, used: Mapping[Path, str]) -> tuple[str, int]:
         """Delete a model's files: its full id, and the bytes freed.
 
-        Raises ``model_conflict`` while they come, or while one that is ``tracked`` has them
-        under another name.
+        Raises ``model_conflict`` while they come, or while they are ``used`` by the model of
+        that id.
         """
         ask = selection.wanted(model_id)
         repo = model_id if ask is None else ask.repo
@@ -171,7 +171,6 @@ class Downloads:
                     param="id",
                 )
         models_dir = self._settings.effective_models_dir
-        used = {Path(view.path): view.id for view in tracked if view.path and view.pid is not None}
         model_id, freed = await asyncio.to_thread(
             removal.remove, model_id, models_dir, self._cache, used
         )

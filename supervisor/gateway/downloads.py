@@ -123,7 +123,7 @@ async def delete_model(gateway: Gateway, call: Call) -> Response:
                 f"model {model_id!r} is {view.readiness.state}: unload it first",
                 param="id",
             )
-    full_id, freed = await fleet.downloads.remove(model_id, fleet.models())
+    full_id, freed = await fleet.downloads.remove(model_id, fleet.files_in_use())
     return json_response({"success": True, "model_id": full_id, "freed_bytes": freed})
 
 
