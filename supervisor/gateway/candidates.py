@@ -17,6 +17,9 @@ from protocol.errors import CodedError, ErrorCode
 
 log = logging.getLogger(__name__)
 
+#: The request has crashed the model, or is known to.
+_CRASHED = (ErrorCode.MODEL_CRASHED, ErrorCode.REQUEST_POISONED)
+
 #: What says that a model cannot serve now, whatever the request is.
 PASSED_ON = frozenset(
     {
@@ -26,7 +29,7 @@ PASSED_ON = frozenset(
         ErrorCode.MODEL_UNSUPPORTED_ARCH,
         ErrorCode.MODEL_UNSUPPORTED_BACKEND,
         ErrorCode.MODEL_INCOMPLETE,
-        ErrorCode.MODEL_CRASHED,
+        *_CRASHED,
         ErrorCode.MODEL_CANARY_FAILED,
         ErrorCode.MODEL_LOAD_TIMEOUT,
         ErrorCode.MODEL_LOADER_CRASHED,
@@ -103,7 +106,7 @@ class Candidates(Generic[T]):
         if error.code not in PASSED_ON and error.param not in LOAD_FIELDS:
             raise error
         self._said.append((self._trying, error))
-        crashes = sum(each.code is ErrorCode.MODEL_CRASHED for _, each in self._said)
+        crashes = sum(each.code in _CRASHED for _, each in self._said)
         if self._left and crashes < MAX_CRASHES:
             log.debug("%s: not served by %s (%s)", self._name, self._trying, error.code.value)
             return

@@ -153,9 +153,9 @@ def test_a_request_that_kills_every_time_ends_in_an_error(
     )
     server.load(name)
     answer = server.chat(name, "poison")
-    assert answer.status_code == 503
+    assert answer.status_code == 422
     error = answer.json()["error"]
-    assert error["code"] == "model_crashed"
+    assert error["code"] == "request_poisoned"
     assert said in error["message"]
     view = server.await_state(name, "routable", generation=3)
     assert view["readiness"]["crash_count"] == 2

@@ -389,8 +389,8 @@ def test_a_request_that_always_crashes_ends_in_an_error(tmp_path: Path) -> None:
         assert server.load("embedder", path=str(script)).status_code == 200
         body = {"model": "embedder", "input": "it breaks here"}
         answer = server.http.post("/v1/embeddings", json=body)
-        assert answer.status_code == 503
-        assert answer.json()["error"]["code"] == "model_crashed"
+        assert answer.status_code == 422
+        assert answer.json()["error"]["code"] == "request_poisoned"
         server.await_state("embedder", "routable", generation=3)
         assert server.http.post("/v1/embeddings", json={**body, "input": "fine"}).is_success
 

@@ -37,7 +37,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Pat
 def budget(tiny_gguf: Path) -> int:
     """Memory for two of the tiny models, and not for three."""
     files = modelfiles.inspect(tiny_gguf)
-    return int(2.3 * plan_memory(files, Terms("llama", None, 4)).required)
+    return int(2.1 * plan_memory(files, Terms("llama", None, 4)).required)
 
 
 @pytest.fixture

@@ -228,10 +228,14 @@ def test_a_model_that_always_crashes_crashes_three_times(tmp_path: Path, place: 
         listener = Listener(server)
         server.load("always", wait=False)
         if place == "service":
-            # A request that nobody has seen anything of is run twice.
-            for generation, code in ((1, "model_crashed"), (3, "model_unstable")):
+            # The first request has crashed it twice when it is to blame; the same one again
+            # would not be let in.
+            for generation, content, code in (
+                (1, "Hi", "request_poisoned"),
+                (3, "Hi again", "model_unstable"),
+            ):
                 server.await_state("always", "routable", generation=generation)
-                assert server.chat("always").json()["error"]["code"] == code
+                assert server.chat("always", content).json()["error"]["code"] == code
         view = server.await_state("always", "quarantined")
         assert view["readiness"]["crash_count"] == strikes(script) == 3
         assert_refused_at_once(server)
