@@ -266,7 +266,7 @@ def test_a_model_that_always_crashes_crashes_three_times(tmp_path: Path, place: 
         server.load("always", wait=False)
         if place == "service":
             server.await_state("always", "routable")
-            server.chat("always")
+            server.chat("always", "Hi once more")
         for _ in polls():
             if strikes(script) > 3:
                 return
