@@ -141,7 +141,8 @@ class Fleet:
             return
         # As it was loaded before, but for what an operator has to say each time.
         known = self._last_loads.get(model_id, LoadSpec(model_id=model_id))
-        spec = msgspec.structs.replace(known, allow_unsupported_runtime=False, **options)
+        known = msgspec.structs.replace(known, allow_unsupported_runtime=False, may_evict=True)
+        spec = msgspec.structs.replace(known, **options)
         if complaint_about_id(model_id) or self._gate.id_of(spec) != model_id:
             return
         try:

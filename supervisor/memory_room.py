@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -104,9 +104,13 @@ class MemoryRoom:
         return decision.plan
 
     async def preview(self, model: ModelSpec, *, may_evict: bool) -> Preview:
-        """What ``make`` would do now; changes nothing."""
+        """What ``make`` would do now, or that the model is there already; changes nothing."""
         async with self.turn:
             decision = await self._decide(model, may_evict=may_evict)
+        actor = self.actors.get(model.model_id)
+        if actor is not None and actor.stays:
+            message = f"model {model.model_id!r} is loaded, or about to be"
+            decision = replace(decision, unload=[], needed=0, message=message)
         return Preview(
             model_id=model.model_id,
             fits=decision.unload is not None,

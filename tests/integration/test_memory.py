@@ -96,6 +96,21 @@ def test_who_is_busy_or_pinned_stays(server: Server) -> None:
     assert tracked(server) == {"a", "c"}
 
 
+def test_a_model_of_the_start_makes_room_for_itself_when_it_is_asked_for_again(
+    tmp_path: Path, models_dir: Path, budget: int
+) -> None:
+    settings = {"OPTA_LMX_MEMORY_BUDGET_BYTES": str(budget), "OPTA_LMX_LOAD_ON_DEMAND": "true"}
+    with serve(
+        tmp_path / "home", "--models-dir", str(models_dir), "--model", "a", **settings
+    ) as server:
+        server.await_tracked("a")
+        server.await_state("a", "routable")
+        used(server, "a", "b", "c")
+        assert tracked(server) == {"b", "c"}
+        used(server, "a")
+        assert tracked(server) == {"a", "c"}
+
+
 def test_what_never_fits_costs_nobody_anything(server: Server) -> None:
     used(server, "a")
     answer = server.load("endless", context_length=ENDLESS)

@@ -44,6 +44,7 @@ class FakeActor:
     promised: int
     evictable_s: float | None
     ending: bool = False
+    stays: bool = True
 
     @property
     def worker(self) -> tuple[int, int] | None:
@@ -227,6 +228,13 @@ async def test_a_preview_changes_nothing(host: Host) -> None:
     preview = await host.room.preview(MODEL, may_evict=True)
     assert not preview.fits
     assert preview.would_unload == []
+
+
+async def test_what_is_there_already_needs_nothing(host: Host) -> None:
+    host.add("new", 900 * MB, 50.0)
+    preview = await host.room.preview(MODEL, may_evict=True)
+    assert (preview.fits, preview.needed_bytes, preview.would_unload) == (True, 0, [])
+    assert "is loaded" in preview.message
 
 
 async def test_what_is_held_is_not_promised_to_others(host: Host) -> None:
