@@ -54,6 +54,8 @@ class ErrorCode(StrEnum):
     REQUEST_TIMEOUT = "request_timeout"
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     STREAM_OVERFLOW = "stream_overflow"
+    STREAM_NOT_FOUND = "stream_not_found"
+    STREAM_EVENTS_GONE = "stream_events_gone"
     REQUEST_CANCELLED = "request_cancelled"
     REQUEST_POISONED = "request_poisoned"
     REQUEST_NOT_FOUND = "request_not_found"

@@ -221,6 +221,8 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
     for name in (
         "response_store_max",
         "response_store_max_bytes",
+        "stream_store_max",
+        "stream_store_max_bytes",
         "safe_start_after",
         "warm_spares",
         "download_disk_reserve_bytes",

@@ -66,6 +66,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     #: Responses that clients may go on from, kept in memory; 0: none.
     response_store_max: int = 1000
     response_store_max_bytes: int = 64 * 1024 * 1024
+    #: Streams that go on without their clients, kept in memory; 0: none.
+    stream_store_max: int = 100
+    stream_store_max_bytes: int = 64 * 1024 * 1024
+    #: How long one is kept after its end, and goes on with nobody reading it.
+    stream_keep_s: float = 600.0
     #: Load a model that is on disk when a request names it, which waits for that.
     load_on_demand: bool = False
     #: Unload a model that had nothing to do for so long; 0, None: never. A model's own

@@ -25,6 +25,7 @@ from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.cancellation import cancel_request
 from supervisor.gateway.chat_socket import ChatSocket, no_upgrade
 from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
+from supervisor.gateway.following import delete_stream, follow_stream
 from supervisor.gateway.openai import models
 from supervisor.gateway.openai.chat import chat_completions
 from supervisor.gateway.openai.completions import completions
@@ -38,6 +39,7 @@ from supervisor.gateway.openai.responses_stored import (
 )
 from supervisor.gateway.openapi import OPENAPI, describe
 from supervisor.gateway.probe import probe_model
+from supervisor.gateway.recordings import Recordings
 from supervisor.gateway.reload import RELOAD, reload_config
 from supervisor.gateway.rerank import rerank
 from supervisor.gateway.running import RunningCalls
@@ -57,7 +59,10 @@ def create_gateway(
     """What all handlers share. ``reread`` reads the settings anew, for a reload."""
     responses = ResponseStore(settings.response_store_max, settings.response_store_max_bytes)
     guard, names, running = Guard(settings), names_of(settings), RunningCalls()
-    return Gateway(fleet, settings, names, metrics, guard, running, responses, reread)
+    recordings = Recordings(
+        settings.stream_store_max, settings.stream_store_max_bytes, settings.stream_keep_s
+    )
+    return Gateway(fleet, settings, names, metrics, guard, running, responses, recordings, reread)
 
 
 def application(gateway: Gateway) -> ASGIApp:
@@ -72,6 +77,7 @@ def application(gateway: Gateway) -> ASGIApp:
             yield
         finally:
             await fleet.stop()
+            await gateway.recordings.close()
 
     routes = _routes(gateway)
     documented: Mapping[Method, Handler] = {"GET": describe(routes, metadata.version("opta-lmx"))}
@@ -110,6 +116,7 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
             {"GET": get_response, "DELETE": delete_response},
         ),
         route("/v1/responses/{id}/input_items", Side.INFERENCE, {"GET": list_input_items}),
+        route("/v1/stream/{id}", Side.INFERENCE, {"GET": follow_stream, "DELETE": delete_stream}),
         route("/v1/requests/{id}/cancel", Side.INFERENCE, {"POST": cancel_request}),
         route("/v1/embeddings", Side.INFERENCE, {"POST": embeddings}),
         route("/v1/rerank", Side.INFERENCE, {"POST": rerank}),

@@ -36,13 +36,14 @@ from supervisor.gateway.generation import (
     release,
     submit,
 )
+from supervisor.gateway.keepalive import KeepAlive
 from supervisor.gateway.openai.answers import call_piece, timings, usage
 from supervisor.gateway.openai.chat import ChatRequest, to_generate
 from supervisor.gateway.openai.logprobs import chat_logprobs
 from supervisor.gateway.openai.parameters import unsupported
 from supervisor.gateway.preset_fields import add_preset
 from supervisor.gateway.scheduling import terms_of
-from supervisor.gateway.streaming import KeepAlive, encode_json
+from supervisor.gateway.streaming import encode_json
 from supervisor.gateway.websocket import SHUTDOWN
 from supervisor.metrics import CLIENT_DISCONNECTED
 from supervisor.stream import RequestStream

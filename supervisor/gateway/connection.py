@@ -32,6 +32,9 @@ _LINGER_S = 5.0
 #: Paths of requests whose work ends when their client has gone.
 _END_WITH_CLIENT = ("/v1/", "/admin/models/probe")
 
+#: Paths of streams that end some time after their last reader has gone.
+_KNOWS_ITS_READERS = "/v1/stream/"
+
 #: Where an application finds the ``BodyWriter`` in a request's scope.
 BODY_WRITER = "opta_lmx.body_writer"
 
@@ -143,6 +146,8 @@ class _Connection(HttpToolsProtocol):
             return False
         scope = self.cycle.scope
         if scope["method"] == "POST" and scope["path"].startswith(_END_WITH_CLIENT):
+            return False
+        if scope["path"].startswith(_KNOWS_ITS_READERS):
             return False
         self.cycle.keep_alive = False
         return True

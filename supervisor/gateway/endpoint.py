@@ -29,6 +29,7 @@ from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.candidates import Candidates
 from supervisor.gateway.errors import MethodNotAllowed, coded, error_response
 from supervisor.gateway.openai.responses_store import ResponseStore
+from supervisor.gateway.recordings import Recordings
 from supervisor.gateway.running import RunningCalls
 from supervisor.metrics import CLIENT_DISCONNECTED, OK, Metrics
 from supervisor.names import Names
@@ -61,6 +62,7 @@ class Gateway(msgspec.Struct, eq=False):
     guard: Guard
     running: RunningCalls
     responses: ResponseStore
+    recordings: Recordings
     #: Reads the settings as at the start; raises ``ConfigError``.
     reread: Callable[[], Settings]
     reloading: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)

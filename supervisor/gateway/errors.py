@@ -64,6 +64,8 @@ _ANSWERS: dict[ErrorCode, _Answer] = {
     ErrorCode.BODY_TOO_LARGE: _Answer(413, _INVALID),
     ErrorCode.REQUEST_TIMEOUT: _Answer(408, _INVALID),
     ErrorCode.RATE_LIMIT_EXCEEDED: _Answer(429, _RATE_LIMIT),
+    ErrorCode.STREAM_NOT_FOUND: _Answer(404, _NOT_FOUND),
+    ErrorCode.STREAM_EVENTS_GONE: _Answer(410, _NOT_FOUND),
     ErrorCode.STREAM_OVERFLOW: _Answer(500, _SERVER),
     # As others say "the client did not wait for it"; no client library tries it again.
     ErrorCode.REQUEST_CANCELLED: _Answer(499, _INVALID),

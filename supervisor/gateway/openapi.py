@@ -81,6 +81,7 @@ BODIES: Mapping[str, Body] = {
     "/v1/messages/count_tokens": Body(PromptRequest, TokenCount, error=AnthropicError),
     "/v1/responses": Body(ResponseRequest, responses_answers.Response, streams=True),
     "/v1/responses/{id}": Body(None, responses_answers.Response),
+    "/v1/stream/{id}": Body(None, streams=True),
     "/v1/requests/{id}/cancel": Body(None),
     "/v1/embeddings": Body(EmbeddingRequest),
     "/v1/rerank": Body(RerankRequest, Ranking),
@@ -111,6 +112,7 @@ _QUERIES: Mapping[str, Sequence[str]] = {
     "/admin/models/compatibility/regressions": _FILTERS,
     "/admin/incidents": ("model", "limit"),
     "/v1/responses/{id}": ("stream",),
+    "/v1/stream/{id}": ("from",),
     "/v1/responses/{id}/input_items": ("order", "after", "limit"),
 }
 

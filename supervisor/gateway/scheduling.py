@@ -19,12 +19,15 @@ from protocol.messages import Priority
 PRIORITY_HEADER = "X-Priority"
 TIMEOUT_HEADER = "X-Request-Timeout"
 RESUME_HEADER = "X-Resume"
+#: The client's own name for what it may come back to.
+CONVERSATION_HEADER = "X-Conversation-Id"
 #: Headers by which a client names itself; the second is that of OpenClaw's agents.
 CLIENT_HEADERS = ("X-Client-Id", "X-OpenClaw-Agent-Id")
 
 #: Longest ``X-Request-Timeout``, in seconds: a day.
 MAX_TIMEOUT_S = 86_400.0
 
+_CONVERSATION = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
 
@@ -50,6 +53,7 @@ def terms_of(
     client = client_of(request, api_key=api_key, claims=claims)
     name = _header_name(request) or _claimed_name(claims)
     timeout_s, resume = _timeout_s(request), _resume(request)
+    _check_conversation(request)
     return Terms(client, _priority(request), timeout_s, arrived, name, resume)
 
 
@@ -125,6 +129,13 @@ def _resume(request: Request) -> bool:
     if (word := value.strip().lower()) not in {"auto", "never"}:
         raise _invalid(RESUME_HEADER, "auto or never", value)
     return word == "auto"
+
+
+def _check_conversation(request: Request) -> None:
+    value = request.headers.get(CONVERSATION_HEADER)
+    if value is not None and not _CONVERSATION.fullmatch(value):
+        what = "1 to 128 letters, digits, dots, hyphens or underscores"
+        raise _invalid(CONVERSATION_HEADER, what, value)
 
 
 def _invalid(header: str, what: str, value: str) -> CodedError:

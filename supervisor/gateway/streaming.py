@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -25,12 +25,17 @@ from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.connection import BODY_WRITER, BodyWriter
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import coded, error_body
+from supervisor.gateway.following import HEADERS, Following, error_event
 from supervisor.gateway.generation import (
     accepted,
+    cancel,
     cancelled_by_server,
     release,
     watch_disconnect,
 )
+from supervisor.gateway.keepalive import KeepAlive
+from supervisor.gateway.recordings import Recording
+from supervisor.gateway.scheduling import CONVERSATION_HEADER, key_digest
 from supervisor.metrics import CLIENT_DISCONNECTED
 from supervisor.stream import RequestStream
 
@@ -103,15 +108,23 @@ async def open_event_stream(
     streams: list[RequestStream],
     make_events: MakeEvents,
     started: float,
-) -> EventStream:
+) -> Response:
     """Wait until the requests are accepted, so that a refusal is a proper HTTP error.
 
     But with ``load_on_demand`` no longer than a stream may be silent: those that wait for
     their model are told that the connection is alive, and a refusal is an event then.
 
+    With ``CONVERSATION_HEADER`` the stream goes on without its client, if there is a place.
+
     ``started`` is the ``time.perf_counter`` of the request's arrival.
     """
-    watch = watch_disconnect(call.receive, streams)
+    recording: Recording | None = None
+    if (conversation := call.headers.get(CONVERSATION_HEADER)) is not None:
+        recording = gateway.recordings.begin(
+            key_digest(call), conversation, lambda: cancel(streams)
+        )
+    receive = call.receive if recording is None else recording.receive
+    watch = watch_disconnect(receive, streams)
     settings = gateway.settings
     silence_s = settings.sse_keepalive_s if settings.load_on_demand else None
     try:
@@ -120,11 +133,17 @@ async def open_event_stream(
     except TimeoutError:
         if call.candidates is None or call.candidates.exhausted:
             call.served_by = call.model
-    except BaseException:
+    except BaseException as error:
+        if recording is not None:
+            recording.refuse(error_event(error))
         watch.cancel()
         release(gateway, call, streams)
         raise
-    return EventStream(gateway, call, streams, make_events, watch, started)
+    if recording is None:
+        return EventStream(gateway, call, streams, make_events, watch, started)
+    stream = _RecordedStream(gateway, call, streams, make_events, watch, started)
+    recording.run(stream, call.served_by)
+    return Following(gateway, call, recording)
 
 
 class EventStream(Response):
@@ -142,11 +161,7 @@ class EventStream(Response):
         # Not Response.__init__: there is no body to render or to measure.
         self.status_code = 200
         self.background = None
-        self.raw_headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-        ]
+        self.raw_headers = [*HEADERS]
         self._gateway = gateway
         self._call = call
         self._streams = streams
@@ -159,7 +174,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keep_alive = KeepAlive(
-            lambda: _send(send, self._still_alive(), more=True),
+            lambda: self._say_alive(send),
             self._gateway.settings.sse_keepalive_s,
         )
         # Under another server than ours there is none, and all goes through ``send``.
@@ -198,7 +213,10 @@ class EventStream(Response):
         finally:
             last_call.stop()
 
-    def _still_alive(self) -> bytes:
+    async def _say_alive(self, send: Send) -> None:
+        await _send(send, self.still_alive(), more=True)
+
+    def still_alive(self) -> bytes:
         """What the format has for it; a comment with how far the prompts are, if they are."""
         if self._events is None:
             # Before its first event a stream has none of its format's.
@@ -279,6 +297,13 @@ class EventStream(Response):
             return data + events.last(index, finish, stream)
 
 
+class _RecordedStream(EventStream):
+    """One that nobody reads but a recording, which has no use for signs of life."""
+
+    async def _say_alive(self, send: Send) -> None:
+        pass
+
+
 async def _send(send: Send, body: bytes, *, more: bool) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
@@ -319,35 +344,3 @@ class _LastCall:
         assert self._body is not None
         log.info("a client is hung up on: it does not read the end of its answer")
         self._body.abort()
-
-
-class KeepAlive:
-    """Runs ``ping()`` whenever nothing was sent for ``interval`` seconds.
-
-    One timer per stream that re-arms itself; a chunk costs a store of the time.
-    """
-
-    def __init__(self, ping: Callable[[], Coroutine[None, None, None]], interval: float) -> None:
-        self._make_ping = ping
-        self._interval = interval
-        self._loop = asyncio.get_running_loop()
-        self._ping: asyncio.Task[None] | None = None
-        self.last_sent = self._loop.time()
-        self._timer = self._loop.call_later(interval, self._tick)
-
-    def stop(self) -> None:
-        self._timer.cancel()
-        if self._ping is not None:
-            # A ping still waiting for a slow client must not follow the end.
-            self._ping.cancel()
-
-    def _tick(self) -> None:
-        now = self._loop.time()
-        due = self.last_sent + self._interval
-        # The loop's clock has the timer's granularity: a hair early is on time.
-        if now >= due - 0.001:
-            if self._ping is None or self._ping.done():
-                self._ping = self._loop.create_task(self._make_ping())
-            self.last_sent = now
-            due = now + self._interval
-        self._timer = self._loop.call_later(due - now, self._tick)

@@ -34,6 +34,7 @@ class Exchange:
             pieces = [msgspec.json.encode(json)]
             sent.setdefault("content-type", "application/json")
         self._pieces = pieces
+        path, _, query = path.partition("?")
         self._gone = asyncio.Event()
         self._news = asyncio.Event()
         self.pieces_read = 0
@@ -43,7 +44,7 @@ class Exchange:
             "method": method,
             "path": path,
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "root_path": "",
             "scheme": "http",
             "server": ("127.0.0.1", 8000),
@@ -89,6 +90,14 @@ class Exchange:
             assert not self.task.done() or self.task.exception() is None
             self._news.clear()
             await self._news.wait()
+
+    async def wait_for(self, part: bytes) -> None:
+        """Wait until it is in the body."""
+        async with asyncio.timeout(5):
+            while part not in self.body:
+                assert not self.task.done(), self.body
+                self._news.clear()
+                await self._news.wait()
 
     async def finish(self) -> None:
         await self.task
