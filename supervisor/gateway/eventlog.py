@@ -8,6 +8,16 @@ from collections import deque
 _OVERHEAD = 64
 
 
+def glued(data: bytes) -> bytes:
+    """The same events and comments, but without a blank line after a comment.
+
+    Once an event has had an ``id:``, widely used clients take a blank line for one more
+    event, without data, and fail at that.
+    """
+    blocks = [block for block in data.split(b"\n\n") if block]
+    return b"".join(block + (b"\n" if block.startswith(b":") else b"\n\n") for block in blocks)
+
+
 class EventLog:
     """Server-sent events as they are sent, each with its number in an ``id:`` line.
 
@@ -18,7 +28,7 @@ class EventLog:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._events: deque[bytes] = deque()
-        #: Comments go with the event they precede.
+        #: Comments go with the event they precede, in one block: see ``glued``.
         self._comments = b""
         #: The number of the oldest event that is kept ...
         self.first = 0
@@ -30,7 +40,7 @@ class EventLog:
         """Take whole events and comments, as a stream's format makes them."""
         for block in data.split(b"\n\n"):
             if block.startswith(b":"):
-                self._comments += block + b"\n\n"
+                self._comments += block + b"\n"
             elif block:
                 event = b"%bid: %d\n%b\n\n" % (self._comments, self.end, block)
                 self._comments = b""

@@ -13,6 +13,7 @@ from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.connection import BODY_WRITER, BodyWriter
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import coded, error_body, invalid, json_response
+from supervisor.gateway.eventlog import glued
 from supervisor.gateway.keepalive import KeepAlive
 from supervisor.gateway.recordings import Reader, Recording
 from supervisor.gateway.scheduling import key_digest
@@ -120,7 +121,7 @@ class Following(Response):
         raise ClientDisconnected
 
     async def _say_alive(self, send: Send) -> None:
-        if told := self._recording.still_alive():
+        if told := glued(self._recording.still_alive()):
             await send({"type": "http.response.body", "body": told, "more_body": True})
 
 
