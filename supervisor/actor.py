@@ -93,8 +93,14 @@ class Actor:
         self._task = asyncio.create_task(self._run(), name=f"actor {self.spec.model_id}")
         self._apply(lifecycle.LoadAccepted(account, probation))
 
-    def load_again(self) -> None:
-        """Override the quarantine. Raises ``model_conflict`` while its worker is not gone."""
+    def load_again(self, spec: ModelSpec) -> None:
+        """Override the quarantine, with other options perhaps. Raises ``model_conflict`` while
+        its worker is not gone."""
+        if self.state.worker_alive:
+            raise CodedError(ErrorCode.MODEL_CONFLICT, "the quarantined worker is not gone yet")
+        self.spec = spec
+        self._share = MemoryShare(spec, self._services.lessons)
+        self._recorder.spec = spec
         self._apply_or_conflict(lifecycle.LoadAccepted(self.state.account, probation=True))
 
     def unload(

@@ -18,9 +18,10 @@ LIVE = frozenset(
         *("memory_check", "memory_budget_bytes", "unload_drain_s"),
         *("load_on_demand", "keep_alive_sec", "max_queue", "sse_keepalive_s"),
         # Of models that are loaded afterwards.
+        *("max_sequences", "prompt_cache_bytes"),
         *("context_length", "worker_memory_limit_bytes", "resume", "max_stream_buffer_bytes"),
         # Of workers that are started afterwards.
-        *("max_sequences", "prompt_cache_bytes", "draft_tokens", "threads"),
+        *("draft_tokens", "threads"),
         *("start_timeout_s", "load_stall_s", "prefill_stall_s", "decode_stall_s"),
         *("beat_interval_s", "beat_timeout_s", "stop_grace_s", "canary_timeout_s"),
     }

@@ -79,6 +79,7 @@ class Fleet:
         self._spares = Spares(services, in_use=self._backends_in_use, calm=self._is_calm)
         self._room = MemoryRoom(self._actors, services, self._spares)
         self._prober = Prober(lambda: self._gate, services, reserve=self._room.hold)
+        self._room.trials = self._prober.trials
         #: How what is loaded, or was until it was idle, was asked for.
         self._last_loads: dict[str, LoadSpec] = {}
         #: Ids whose loads are being looked at, with their number.
@@ -251,6 +252,7 @@ class Fleet:
 
         def adopt() -> None:
             self._services.settings, self._gate = settings, gate
+            self.downloads.adopt(settings)
 
         return adopt
 
@@ -308,6 +310,8 @@ class Fleet:
 
     def _is_calm(self) -> bool:
         """Whether nothing is being loaded and nobody waits for an answer."""
+        if self._room.turn.locked():
+            return False
         return all(actor.rests or actor.idle_s() is not None for actor in self._actors.values())
 
     def _actor(self, model_id: str) -> Actor:
@@ -344,10 +348,13 @@ class Fleet:
                 async with self._room.turn:
                     if not self._is_free(model_id, actor):
                         continue
-                    plan = await self._room.make(model, may_evict=spec.may_evict)
+                    account = self._accounts.get(model.account_key)
+                    if spec.allow_unsupported_runtime or not account.quarantined:
+                        plan = await self._room.make(model, may_evict=spec.may_evict)
+                        model = replace(model, plan=plan)
                     # Nothing waits from here on: what is found now is what is used.
                     if self._is_free(model_id, actor):
-                        return self._wake(actor, replace(model, plan=plan), spec)
+                        return self._wake(actor, model, spec)
         except CodedError as error:
             log.warning("%s: load refused: %s (%s)", model_id, error.message, error.code)
             raise
@@ -377,7 +384,7 @@ class Fleet:
         if actor is not None and actor.spec.account_key == model.account_key:
             if not spec.allow_unsupported_runtime:
                 raise actor.unstable()
-            actor.load_again()
+            actor.load_again(model)
             return actor
         if actor is not None:
             # Another file or backend version: its quarantine is none of ours.

@@ -153,6 +153,8 @@ class Gate:
                 likely = await asyncio.to_thread(_likely_backend, path)
                 self._record(refusal, model_id, files, requested or likely, installed)
             raise
+        context = spec.context_length or configured.context_length or self._settings.context_length
+        check_context_length(files, context)
         keep_alive = spec.keep_alive_sec
         draft_path = await self.find_draft(spec.draft_model or configured.draft_model)
         return ModelSpec(
@@ -160,9 +162,7 @@ class Gate:
             files=files,
             backend=backend,
             backend_version=version,
-            context_length=(
-                spec.context_length or configured.context_length or self._settings.context_length
-            ),
+            context_length=context,
             keep_alive_sec=configured.keep_alive_sec if keep_alive is None else keep_alive,
             memory_limit_bytes=(
                 configured.memory_limit_bytes or self._settings.worker_memory_limit_bytes
@@ -237,6 +237,18 @@ class Gate:
 
 def _likely_backend(path: Path) -> str:
     return admission.BACKENDS_BY_FORMAT[modelfiles.format_of(path)][0]
+
+
+def check_context_length(files: ModelFiles, context_length: int | None) -> None:
+    """Raise ``invalid_value`` for more than the model was trained for: no room is made for it."""
+    trained = files.traits.context_length
+    if context_length is not None and trained is not None and context_length > trained > 0:
+        raise CodedError(
+            ErrorCode.INVALID_VALUE,
+            f"context_length {context_length} is not between 1 and the {trained} tokens "
+            "the model was trained for",
+            param="context_length",
+        )
 
 
 def _size_of(draft: Path | None) -> int:

@@ -259,17 +259,18 @@ class Generation:
             return
         self._watchdog.enter(Phase.LOAD, time.monotonic())
         draft, plan = self._spec.draft_path, self._spec.plan
-        kept = self._settings.prompt_cache_bytes
+        settings = self._settings
+        # What was planned holds, whatever the settings have become since.
+        sequences = settings.max_sequences if plan is None else plan.sequences
+        kept = settings.prompt_cache_bytes if plan is None else plan.prompt_cache_bytes
         self.send(
             Load(
                 path=str(self._spec.files.path),
                 context_length=self._spec.context_length,
-                max_sequences=self._settings.max_sequences,
-                threads=self._settings.threads,
-                prompt_cache_bytes=(
-                    plan.prompt_cache_bytes if kept is None and plan is not None else kept
-                ),
-                draft_tokens=self._settings.draft_tokens,
+                max_sequences=sequences,
+                threads=settings.threads,
+                prompt_cache_bytes=kept,
+                draft_tokens=settings.draft_tokens,
                 draft_path=None if draft is None else str(draft),
                 tool_format=self._spec.tool_format,
             )

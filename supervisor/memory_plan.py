@@ -37,7 +37,7 @@ _LEAST_CONTEXT = 512
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """``correction``: what this model took more (or less) than planned when it was loaded
     before. ``prompt_cache`` is what may be kept of ended requests; it can be less than the
-    backend would like, but is promised all the same."""
+    backend would like, but is promised all the same; ``prompt_cache_set``: an operator said so."""
 
     context_length: int
     sequences: int
@@ -48,12 +48,18 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     correction: int = 0
     prompt_cache: int = 0
     kv_at_once: bool = True
+    prompt_cache_set: bool = False
 
     @property
     def required(self) -> int:
         """Without which it cannot run."""
         parts = self.weights + self.kv + self.compute + self.overhead + self.correction
-        return max(parts, self.kv + self.compute)
+        return max(parts, self.certain + self.compute)
+
+    @property
+    def certain(self) -> int:
+        """What it has from its load on, however little the process itself takes."""
+        return self.weights + self.kv * self.kv_at_once
 
     @property
     def total(self) -> int:
@@ -62,7 +68,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def prompt_cache_bytes(self) -> int | None:
         """The bound to give to the backend; None where nothing is known to go by."""
-        return self.prompt_cache if self.kv else None
+        return self.prompt_cache if self.kv or self.prompt_cache_set else None
 
     @property
     def at_load(self) -> int:
@@ -104,6 +110,7 @@ def plan_memory(files: ModelFiles, terms: Terms, correction: int = 0) -> MemoryP
         correction=correction,
         prompt_cache=prompt_cache if traits.kind is ModelKind.GENERATE else 0,
         kv_at_once=terms.backend in _TAKES_KV_AT_ONCE,
+        prompt_cache_set=terms.prompt_cache is not None,
     )
 
 

@@ -23,6 +23,7 @@ from supervisor.footprint import Usage, available_bytes, gpu_limit_bytes, total_
 from supervisor.gate import ModelSpec
 from supervisor.memory_plan import MemoryPlan, Terms, largest_context, plan_memory
 from supervisor.memory_share import lesson_key
+from supervisor.memory_watch import Watched
 from supervisor.services import Services
 from supervisor.spares import Spares
 
@@ -76,6 +77,8 @@ class MemoryRoom:
     services: Services
     spares: Spares
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: Workers that are no actor's, and have what is held.
+    trials: Mapping[str, Watched] = field(default_factory=dict)
     _held: dict[object, int] = field(default_factory=dict)
 
     async def make(self, model: ModelSpec, *, may_evict: bool) -> MemoryPlan:
@@ -187,18 +190,20 @@ class MemoryRoom:
         to one more model."""
         pids = {name: actor.worker[1] for name, actor in self.actors.items() if actor.worker}
         spares = self.spares.pids
-        measured, host = await asyncio.to_thread(_look, [*pids.values(), *spares])
+        trials = [trial.worker[1] for trial in self.trials.values() if trial.worker]
+        measured, host = await asyncio.to_thread(_look, [*pids.values(), *spares, *trials])
         usages = {name: measured[pid] for name, pid in pids.items() if pid in measured}
         spare = sum(measured[pid].total for pid in spares if pid in measured)
-        used = sum(usage.total for usage in usages.values()) + spare
+        tried = sum(measured[pid].total for pid in trials if pid in measured)
+        used = sum(usage.total for usage in usages.values()) + spare + tried
         # What is mapped could be taken from a worker, and the host counts it as available;
         # but then it would be read again and again.
-        mapped = sum(usage.mapped for usage in usages.values())
+        mapped = sum(usage.mapped for usage in measured.values())
         limits = [host - mapped - self.services.settings.memory_low_water_bytes]
         for limit in (self.services.settings.memory_budget_bytes, gpu_limit_bytes()):
             if limit is not None:
                 limits.append(limit - used)
-        outstanding = sum(self._held.values()) + sum(
+        outstanding = max(0, sum(self._held.values()) - tried) + sum(
             max(0, actor.promised - usages.get(name, _NOTHING).total)
             for name, actor in self.actors.items()
         )

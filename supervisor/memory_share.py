@@ -22,7 +22,9 @@ class MemoryShare:
         plan = self._spec.plan
         if plan is None:
             return self._baseline or 0
-        return plan.total if self._baseline is None else self._baseline + plan.growth
+        if self._baseline is None:
+            return plan.total
+        return max(self._baseline, plan.certain) + plan.growth
 
     def spawned(self) -> None:
         """A new worker is there; it has loaded nothing yet."""
@@ -39,7 +41,9 @@ class MemoryShare:
         if self._baseline is None and self._loaded:
             self._baseline = size
             if spec.plan is not None:
-                self._lessons.learn(lesson_key(spec), size - spec.plan.at_load)
+                # What it shares with others just now it may have to take alone tomorrow.
+                correction = max(size, spec.plan.certain) - spec.plan.at_load
+                self._lessons.learn(lesson_key(spec), correction)
         return Footprint(
             model_id=spec.model_id,
             generation=generation,

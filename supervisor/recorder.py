@@ -38,7 +38,8 @@ class Recorder:
         convicts: Convicts,
         metrics: Metrics,
     ) -> None:
-        self._spec = spec
+        #: The model as it is loaded now.
+        self.spec = spec
         self._registry = registry
         self._incidents = incidents
         self._fingerprints = fingerprints
@@ -49,7 +50,7 @@ class Recorder:
 
     def passed(self, report: CanaryReport, parts_s: Mapping[str, float]) -> None:
         """The canary passed; ``parts_s`` is where the time went from the spawn until then."""
-        self._metrics.canary_ended(self._spec.model_id, "pass")
+        self._metrics.canary_ended(self.spec.model_id, "pass")
         self._add("pass", PASSED, measured(report, parts_s))
 
     def failed(
@@ -68,13 +69,13 @@ class Recorder:
         """
         on_trial = failure.code is ErrorCode.MODEL_CANARY_FAILED
         if on_trial:
-            self._metrics.canary_ended(self._spec.model_id, "fail")
+            self._metrics.canary_ended(self.spec.model_id, "fail")
         metadata: dict[str, object] = {"code": failure.code, "kind": failure.kind}
         if generation is not None:
             metadata["generation"] = generation.number
             metadata["output_tail"] = generation.output_tail[-OUTPUT_BYTES:]
         if failure.kind is not None:
-            self._metrics.worker_failed(self._spec.model_id, failure.kind)
+            self._metrics.worker_failed(self.spec.model_id, failure.kind)
         if failure.kind is not None and generation is not None:
             incident = generation.case.open(
                 # The canary is a request like any other for the worker.
@@ -101,10 +102,10 @@ class Recorder:
             self._incidents.put(incident)
 
     def _fingerprint(self, request: Job) -> str:
-        return self._fingerprints.of(self._spec.model_id, request)
+        return self._fingerprints.of(self.spec.model_id, request)
 
     def _add(self, outcome: Outcome, reason: str, metadata: dict[str, object]) -> None:
-        remember(self._registry, self._spec, outcome, reason, metadata)
+        remember(self._registry, self.spec, outcome, reason, metadata)
 
 
 def measured(report: CanaryReport, parts_s: Mapping[str, float]) -> dict[str, object]:

@@ -62,7 +62,13 @@ class Downloads:
         self._operations: dict[str, Operation] = {}
         self._plan_slots = asyncio.Semaphore(_PLANS_AT_ONCE)
         self._slots = asyncio.Semaphore(settings.max_downloads)
+        self._reserving = asyncio.Lock()
         self._stopping = False
+
+    def adopt(self, settings: Settings) -> None:
+        """Look for models where new settings say; how many come at once stays as it was."""
+        self._settings = settings
+        self._cache = settings.hub_cache_dir or hub_cache_dir()
 
     # --- queries ---
 
@@ -128,13 +134,15 @@ class Downloads:
         """Begin a download, or join that of the same model."""
         if (running := self._active(operation_id(plan.model_id))) is not None:
             return self._join(running, spec)
-        await self._require_disk(plan)
-        if self._stopping:
-            raise CodedError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-        if (running := self._active(operation_id(plan.model_id))) is not None:
-            return self._join(running, spec)
-        operation = Operation(plan, spec)
-        self._operations[operation.id] = operation
+        # One at a time: what one reserves the next does not find free.
+        async with self._reserving:
+            await self._require_disk(plan)
+            if self._stopping:
+                raise CodedError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+            if (running := self._active(operation_id(plan.model_id))) is not None:
+                return self._join(running, spec)
+            operation = Operation(plan, spec)
+            self._operations[operation.id] = operation
         self._keep(operation)
         operation.task = asyncio.create_task(self._run(operation), name=f"download {plan.model_id}")
         return operation

@@ -15,7 +15,7 @@ from supervisor.gateway.downloads import load_from_hub
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import invalid, json_response
 from supervisor.gateway.openai.models import is_routable
-from supervisor.gateway.presets import load_by_name
+from supervisor.gateway.presets import load_by_name, only_model
 from supervisor.ids import complaint_about_id, complaint_about_path
 from supervisor.views import LoadResult, ModelView
 
@@ -82,8 +82,11 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
     try:
         return await load(spec)
     except CodedError as refusal:
+        # The hub knows nothing of our names, and may have something else under one.
+        if (named := only_model(gateway, spec)) is None:
+            raise
         return await load_from_hub(
-            gateway, refusal, spec, load, consent=bool(request.auto_download), wait=request.wait
+            gateway, refusal, named, load, consent=bool(request.auto_download), wait=request.wait
         )
 
 

@@ -65,8 +65,23 @@ async def load_by_name(
         )
 
     async def attempt(model_id: str, options: Mapping[str, Any]) -> T:
-        missing = {key: options[key] for key in options if getattr(spec, key) is None}
-        return await load(msgspec.structs.replace(spec, model_id=model_id, **missing))
+        return await load(_with_options(spec, model_id, options))
 
     left = Candidates(name, route.candidates, options_of(route), attempt, itemgetter(0))
     return await left.first()
+
+
+def only_model(gateway: Gateway, spec: LoadSpec) -> LoadSpec | None:
+    """The load of the one model that its name stands for; None if that may be several."""
+    route = gateway.names.routes.get(spec.model_id)
+    if route is None:
+        return spec
+    if len(route.candidates) != 1 or ANY in route.candidates:
+        return None
+    return _with_options(spec, route.candidates[0], options_of(route))
+
+
+def _with_options(spec: LoadSpec, model_id: str, options: Mapping[str, Any]) -> LoadSpec:
+    """A preset's load options, where ``spec`` has none of its own."""
+    missing = {key: options[key] for key in options if getattr(spec, key) is None}
+    return msgspec.structs.replace(spec, model_id=model_id, **missing)

@@ -111,6 +111,36 @@ def test_a_model_of_the_start_makes_room_for_itself_when_it_is_asked_for_again(
         assert tracked(server) == {"a", "c"}
 
 
+def test_what_is_refused_for_another_reason_costs_nobody_anything(
+    tmp_path: Path, tiny_gguf: Path
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    shutil.copy(tiny_gguf, folder / "short.gguf")
+    write_script(folder, "good", tokens=LONG)
+    write_script(folder, "bad", tokens=LONG, faults=[{"at": "loaded", "kind": "segfault"}])
+    settings = {
+        # For one of them.
+        "OPTA_LMX_MEMORY_BUDGET_BYTES": str(43_000_000),
+        "OPTA_LMX_RESTART_DELAY_CAP_S": "0.05",
+    }
+    arguments = ("--models-dir", str(folder), "--enable-simulated")
+    with serve(tmp_path / "home", *arguments, **settings) as server:
+        server.load("bad", wait=False)
+        server.await_state("bad", "quarantined")
+        assert server.load("good").status_code == 200
+        assert server.chat("good", max_tokens=2).status_code == 200
+        refused = server.load("bad")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_unstable")
+        too_long = server.load("short", context_length=1_000_000)
+        assert (too_long.status_code, too_long.json()["error"]["param"]) == (400, "context_length")
+        assert server.model("good")["readiness"]["state"] == "routable"
+        # The operator's word goes for the options of that load, too.
+        again = server.load("bad", allow_unsupported_runtime=True, pinned=True, keep_alive_sec=77)
+        assert again.status_code != 507, again.text
+        assert server.model("bad")["keep_alive_sec"] == 77
+
+
 def test_what_never_fits_costs_nobody_anything(server: Server) -> None:
     used(server, "a")
     answer = server.load("endless", context_length=ENDLESS)

@@ -1,4 +1,4 @@
-"""What the README promises of clients is shown by tests that exist."""
+"""What the documents promise of clients is shown by tests that exist, and said once."""
 
 import ast
 import re
@@ -17,3 +17,8 @@ def test_the_tests_that_the_readme_names_exist() -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert named <= defined, named - defined
+
+
+def test_no_route_and_no_code_has_two_rows() -> None:
+    rows = re.findall(r"^\| (`[^|]+) \|", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert {row for row in rows if rows.count(row) > 1} == set()

@@ -81,7 +81,7 @@ def test_a_draft_model_has_weights_as_well() -> None:
 def test_a_correction_counts_but_never_below_what_is_certain() -> None:
     assert plan_memory(files(), Terms("llama", None, 4), 500).required == plan().required + 500
     least = plan_memory(files(), Terms("llama", None, 4), -(10**12))
-    assert least.required == least.kv + least.compute
+    assert least.required == least.weights + least.kv + least.compute
 
 
 def test_real_headers(tiny_gguf: Path, demo_gguf: Path) -> None:

@@ -83,6 +83,7 @@ class Host:
         self.mapped: dict[int, int] = {}
         self.actors: dict[str, Any] = {}
         self.unloaded: list[str] = []
+        self.tried: dict[int, int] = {}
         self.spares = FakeSpares(self)
         spares: Any = self.spares
         settings.setdefault("memory_low_water_bytes", 0)
@@ -102,7 +103,8 @@ class Host:
             for actor in self.actors.values()
         }
         # As the kernel has it, what is mapped from files is available.
-        usages |= {pid: Usage(size, 0) for pid, size in self.spares.sizes.items()}
+        others = {**self.spares.sizes, **self.tried}
+        usages |= {pid: Usage(size, 0) for pid, size in others.items()}
         taken = sum(usage.total - usage.mapped for usage in usages.values())
         return usages, self.total - taken
 
@@ -242,6 +244,16 @@ async def test_what_is_held_is_not_promised_to_others(host: Host) -> None:
     async with host.room.hold(MODEL):
         await refused(host)
     await host.make()
+
+
+async def test_what_is_held_and_taken_counts_once(host: Host) -> None:
+    host.total = 2 * NEEDED + 60 * MB  # of it the prompt cache of what is held
+    async with host.room.hold(MODEL):
+        host.add("trial", 80 * MB, None)
+        trial: Any = host.actors.pop("trial")
+        host.room.trials = {"trial": trial}
+        host.tried[id(trial)] = 80 * MB
+        await host.make()
 
 
 async def test_an_operator_can_do_without_the_check(host: Host, tmp_path: Path) -> None:

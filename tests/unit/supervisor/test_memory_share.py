@@ -55,3 +55,14 @@ def test_what_was_never_planned_is_what_it_takes(tmp_path: Path) -> None:
     assert share.promised == 0
     share.measured(1, 30 * MB)
     assert share.promised == 30 * MB
+
+
+async def test_what_it_shares_with_others_just_now_is_its_own(tmp_path: Path) -> None:
+    lessons = MemoryLessons(tmp_path)
+    share = MemoryShare(SPEC, lessons)
+    share.loaded()
+    # Half of its weights are counted at another worker that has them mapped as well.
+    share.measured(1, 120 * MB)
+    assert share.promised == PLAN.weights + PLAN.kv + PLAN.growth
+    assert lessons.correction(lesson_key(SPEC)) == -PLAN.overhead
+    await lessons.flush()
