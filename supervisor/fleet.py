@@ -101,7 +101,7 @@ class Fleet:
 
     def files_in_use(self) -> dict[Path, str]:
         """Where the models are that run or are about to, and their draft models: by whom."""
-        used: dict[Path, str] = {}
+        used = {trial.path: "a probe" for trial in self._prober.trials.values()}
         for name, actor in self._actors.items():
             if not actor.rests:
                 used[actor.spec.files.path] = name
@@ -140,6 +140,12 @@ class Fleet:
             or Path(model_id).is_absolute()
         ):
             return
+        if self._at_gate[model_id] >= self._services.settings.max_queue:
+            raise CodedError(
+                ErrorCode.RATE_LIMIT_EXCEEDED,
+                f"{self._at_gate[model_id]} requests wait for model {model_id!r} to be loaded",
+                retry_after_s=1.0,
+            )
         # As it was loaded before, but for what an operator has to say each time.
         known = self._last_loads.get(model_id, LoadSpec(model_id=model_id))
         known = msgspec.structs.replace(known, allow_unsupported_runtime=False, may_evict=True)

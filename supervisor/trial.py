@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from protocol.errors import UNCOUNTED_LOAD_FAILURES, ErrorCode
 from supervisor.canary import CanaryReport
@@ -103,6 +104,11 @@ class Trial:
             await self._end(generation, broken=not passed)
         # What it still said is there only now.
         return replace(ended, output_tail=generation.output_tail)
+
+    @property
+    def path(self) -> Path:
+        """Where its model is."""
+        return self._spec.files.path
 
     # --- for the memory watch; see ``Actor`` ---
 

@@ -298,3 +298,29 @@ def test_without_downloads_nothing_is_asked_for(tmp_path: Path, hub: Hub) -> Non
         assert code_of(refused) == (403, "downloads_disabled")
         assert server.http.get("/admin/models/downloads").json() == {"downloads": [], "count": 0}
     assert len(hub.requests) == before
+
+
+def test_the_hub_is_asked_by_the_models_own_id_and_downloads_follow_a_reload(
+    hub: Hub, tmp_path: Path
+) -> None:
+    home, later = tmp_path / "home", tmp_path / "later" / "hub"
+    home.mkdir()
+    names = '[aliases]\n"team/fast" = "org/many:m-Q4_0"\nbest = ["org/many", "org/tiny"]\n'
+    (home / "config.toml").write_text(names)
+    environment = settings(hub, tmp_path / "first" / "hub")
+    del environment["OPTA_LMX_HUB_CACHE_DIR"]
+    with serve(home, **environment) as server:
+        question = server.load("team/fast").json()
+        assert question["status"] == "download_required"
+        assert question["model_id"] == "org/many:m-Q4_0"
+        assert code_of(server.load("best")) == (404, "model_not_found")
+        (home / "config.toml").write_text(f'hub_cache_dir = "{later}"\n{names}')
+        assert server.http.post("/admin/config/reload").json()["applied"] == ["hub_cache_dir"]
+        loaded = server.load("team/fast", auto_download=True, wait=True)
+        assert loaded.status_code == 200, loaded.text
+        assert list(later.glob("models--org--many"))
+        assert server.chat("team/fast", max_tokens=2).status_code == 200
+        body = {"model_id": "org/many:m-Q4_0"}
+        assert server.http.post("/admin/models/unload", json=body).status_code == 200
+        assert server.http.delete("/admin/models/org/many:m-Q4_0").status_code == 200
+        assert not list(later.glob("models--org--many/snapshots/*/*.gguf"))
