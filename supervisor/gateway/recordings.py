@@ -149,6 +149,9 @@ class Recording:
         self.ended = True
         # They hold the request and all that it needed.
         self._stream = self._cancel = None
+        if self.state is not None:
+            last = self.state()
+            self.state = lambda: last
         self._wake()
 
     # --- for the stream ---
