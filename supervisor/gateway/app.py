@@ -33,6 +33,7 @@ from supervisor.gateway.openai.embeddings import embeddings
 from supervisor.gateway.openai.responses import create_response
 from supervisor.gateway.openai.responses_store import ResponseStore
 from supervisor.gateway.openai.responses_stored import (
+    cancel_response,
     delete_response,
     get_response,
     list_input_items,
@@ -115,6 +116,7 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
             Side.INFERENCE,
             {"GET": get_response, "DELETE": delete_response},
         ),
+        route("/v1/responses/{id}/cancel", Side.INFERENCE, {"POST": cancel_response}),
         route("/v1/responses/{id}/input_items", Side.INFERENCE, {"GET": list_input_items}),
         route("/v1/stream/{id}", Side.INFERENCE, {"GET": follow_stream, "DELETE": delete_stream}),
         route("/v1/requests/{id}/cancel", Side.INFERENCE, {"POST": cancel_request}),

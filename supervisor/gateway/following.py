@@ -38,14 +38,7 @@ _NUMBER = re.compile(r"[0-9]{1,15}")
 
 async def follow_stream(gateway: Gateway, call: Call) -> Response:
     """From the event with the number ``from``, or the one after ``Last-Event-ID``."""
-    recording = _found(gateway, call)
-    at = _start(call)
-    if at > recording.events.end:
-        raise invalid("from", f"is more than the {recording.events.end} events there are so far")
-    if at < recording.events.first:
-        raise _gone(recording)
-    call.served_by = recording.served_by
-    return Following(gateway, call, recording, at)
+    return follow(gateway, call, _found(gateway, call), _start(call), "from")
 
 
 async def delete_stream(gateway: Gateway, call: Call) -> Response:
@@ -54,6 +47,16 @@ async def delete_stream(gateway: Gateway, call: Call) -> Response:
     recording.cancel()
     gateway.recordings.forget(recording)
     return json_response({"id": recording.id, "object": "stream", "deleted": True})
+
+
+def follow(gateway: Gateway, call: Call, recording: Recording, at: int, param: str) -> Following:
+    """Raises what is wrong with ``at``, which came as ``param``."""
+    if at > recording.events.end:
+        raise invalid(param, f"is beyond the {recording.events.end} events there are so far")
+    if at < recording.events.first:
+        raise _gone(recording)
+    call.served_by = recording.served_by
+    return Following(gateway, call, recording, at)
 
 
 class Following(Response):
@@ -155,13 +158,13 @@ def _found(gateway: Gateway, call: Call) -> Recording:
 
 def _start(call: Call) -> int:
     if (value := call.query_params.get("from")) is not None:
-        return _number("from", value)
+        return event_number("from", value)
     if (value := call.headers.get(LAST_EVENT_ID)) is not None:
-        return _number(LAST_EVENT_ID, value) + 1
+        return event_number(LAST_EVENT_ID, value) + 1
     return 0
 
 
-def _number(name: str, value: str) -> int:
+def event_number(name: str, value: str) -> int:
     if not _NUMBER.fullmatch(value):
         raise invalid(name, "must be the number of an event")
     return int(value)

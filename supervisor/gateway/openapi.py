@@ -80,7 +80,8 @@ BODIES: Mapping[str, Body] = {
     "/v1/messages": Body(MessageRequest, Message, streams=True, error=AnthropicError),
     "/v1/messages/count_tokens": Body(PromptRequest, TokenCount, error=AnthropicError),
     "/v1/responses": Body(ResponseRequest, responses_answers.Response, streams=True),
-    "/v1/responses/{id}": Body(None, responses_answers.Response),
+    "/v1/responses/{id}": Body(None, responses_answers.Response, streams=True),
+    "/v1/responses/{id}/cancel": Body(None, responses_answers.Response),
     "/v1/stream/{id}": Body(None, streams=True),
     "/v1/requests/{id}/cancel": Body(None),
     "/v1/embeddings": Body(EmbeddingRequest),
@@ -111,10 +112,13 @@ _QUERIES: Mapping[str, Sequence[str]] = {
     "/admin/models/compatibility/recommendations": _FILTERS,
     "/admin/models/compatibility/regressions": _FILTERS,
     "/admin/incidents": ("model", "limit"),
-    "/v1/responses/{id}": ("stream",),
+    "/v1/responses/{id}": ("stream", "starting_after"),
     "/v1/stream/{id}": ("from",),
     "/v1/responses/{id}/input_items": ("order", "after", "limit"),
 }
+
+#: What may have lost its first events.
+_REPLAYS = ("/v1/stream/{id}", "/v1/responses/{id}")
 
 _READING = (400, 408, 413, 415)
 _OF_MODELS = (404, 409, 422)
@@ -126,6 +130,12 @@ _DOWNLOADING = ("/admin/models/load", CONFIRM, "/admin/models/download")
 
 _SERVED_BY: Mapping[str, Any] = {
     "description": "the id of the model that has answered, if that was known beforehand",
+    "schema": {"type": "string"},
+}
+
+
+_STREAM_ID: Mapping[str, Any] = {
+    "description": "by which a stream is found again, if it was asked for with X-Conversation-Id",
     "schema": {"type": "string"},
 }
 
@@ -230,6 +240,8 @@ def _answers(path: str, body: Body, references: _References) -> dict[str, Any]:
     answers: dict[str, Any] = {"200": {"description": "done", "content": content}}
     if body.request is not None and "model" in body.request.__struct_fields__:
         answers["200"]["headers"] = {"X-Served-Model": _SERVED_BY}
+        if body.streams:
+            answers["200"]["headers"]["X-Stream-Id"] = _STREAM_ID
     begun = {JSON_TYPE: {"schema": {"type": "object"}}}
     if path in _DOWNLOADING:
         answers["202"] = {
@@ -247,6 +259,8 @@ def _statuses(path: str, method: str, side: Side, body: Body) -> set[int]:
         statuses |= {*_READING}
     if path in _QUERIES or path in (CHAT_STREAM, RELOAD):
         statuses |= {400}
+    if path in _REPLAYS:
+        statuses |= {410}
     if method == "POST" or "{" in path:
         statuses |= {*_OF_MODELS}
     if path in _DOWNLOADING:

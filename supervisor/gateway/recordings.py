@@ -68,6 +68,7 @@ class Recording:
         owner: str,
         cancel: Callable[[], None],
         max_bytes: int,
+        lasting: bool,
     ) -> None:
         self.id = recording_id
         self.owner = owner
@@ -75,7 +76,10 @@ class Recording:
         self.ended = False
         #: The model that answers, once that is certain.
         self.served_by = ""
+        #: Where the answer stands, for who does not read events; None: they are all there is.
+        self.state: Callable[[], bytes] | None = None
         self._store = store
+        self._lasting = lasting
         self._abandoned = asyncio.Event()
         self._readers: set[Reader] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -86,7 +90,7 @@ class Recording:
         """Let the stream go on by itself from here."""
         self._stream, self.served_by = stream, served_by
         self._store.spawn(self, stream)
-        self.arm()
+        self._may_be_abandoned()
 
     def refuse(self, end: bytes) -> None:
         """There will be no stream; who waits for it already is told."""
@@ -107,9 +111,16 @@ class Recording:
 
     def exit(self, reader: Reader) -> None:
         self._readers.discard(reader)
-        # Before it runs, its client waits for that.
-        if not self._readers and self._stream is not None:
-            self.arm()
+        self._may_be_abandoned()
+
+    async def end(self) -> None:
+        """Wait for it."""
+        reader = self.enter()
+        try:
+            while not self.ended:
+                await reader.news()
+        finally:
+            self.exit(reader)
 
     def still_alive(self) -> bytes:
         return b"" if self._stream is None else self._stream.still_alive()
@@ -138,6 +149,9 @@ class Recording:
         self.ended = True
         # They hold the request and all that it needed.
         self._stream = self._cancel = None
+        if self.state is not None:
+            last = self.state()
+            self.state = lambda: last
         self._wake()
 
     # --- for the stream ---
@@ -158,6 +172,11 @@ class Recording:
 
     def abort(self) -> None:
         """As of a connection; here nobody has to be hung up on."""
+
+    def _may_be_abandoned(self) -> None:
+        # Before it runs, its client waits for that.
+        if not self._readers and self._stream is not None and not self._lasting:
+            self.arm()
 
     def _wake(self) -> None:
         for reader in self._readers:
@@ -190,20 +209,35 @@ class Recordings:
     def size(self) -> int:
         return self._bytes
 
-    def begin(self, owner: str, conversation: str, cancel: Callable[[], None]) -> Recording | None:
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept at all."""
+        return self._max_count > 0 and self._max_bytes > 0
+
+    def begin(
+        self,
+        owner: str,
+        conversation: str | None,
+        cancel: Callable[[], None],
+        lasting_id: str | None = None,
+    ) -> Recording | None:
         """A new recording, under an id that nobody can guess; None when there is no place.
 
-        ``cancel`` ends its requests with an error.
+        ``cancel`` ends its requests with an error. With a ``lasting_id`` of its own it goes
+        on although nobody reads it.
         """
-        self._conversations.pop((owner, conversation), None)
+        if conversation is not None:
+            self._conversations.pop((owner, conversation), None)
         while len(self._all) >= self._max_count and self._forget_one():
             pass
         if len(self._all) >= self._max_count or self._max_bytes <= 0:
             return None
-        recording_id = f"stream_{secrets.token_urlsafe(24)}"
-        recording = Recording(self, recording_id, owner, cancel, self._max_bytes // _SHARE)
+        recording_id = lasting_id or f"stream_{secrets.token_urlsafe(24)}"
+        share, lasting = self._max_bytes // _SHARE, lasting_id is not None
+        recording = Recording(self, recording_id, owner, cancel, share, lasting)
         self._all[recording.id] = recording
-        self._conversations[owner, conversation] = recording
+        if conversation is not None:
+            self._conversations[owner, conversation] = recording
         return recording
 
     def get(self, owner: str, recording_id: str) -> Recording | None:

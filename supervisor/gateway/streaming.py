@@ -146,6 +146,20 @@ async def open_event_stream(
     return Following(gateway, call, recording)
 
 
+def record_events(
+    gateway: Gateway,
+    call: Call,
+    streams: list[RequestStream],
+    make_events: MakeEvents,
+    started: float,
+    recording: Recording,
+) -> None:
+    """Let a recording have the requests' events; a refusal is one, too."""
+    watch = watch_disconnect(recording.receive, streams)
+    stream = _RecordedStream(gateway, call, streams, make_events, watch, started)
+    recording.run(stream, call.served_by)
+
+
 class EventStream(Response):
     """Relays the requests of one call as server-sent events, once they are accepted."""
 

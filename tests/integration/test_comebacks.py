@@ -121,6 +121,40 @@ def test_client_libraries_read_it_with_its_ids_and_signs_of_life(
     assert "id: 0\nevent: message_start\n" in raw
 
 
+def test_a_response_in_the_background_is_picked_up_again(
+    server: Server, client: openai.OpenAI
+) -> None:
+    stream = client.responses.create(model="counter", input="x", stream=True, background=True)
+    seen = [next(stream) for _ in range(20)]
+    stream.close()
+    [created, *_] = seen
+    assert created.type == "response.created"
+    response = client.responses.retrieve(created.response.id)
+    assert response.status == "in_progress"
+    rest = list(
+        client.responses.retrieve(response.id, stream=True, starting_after=seen[-1].sequence_number)
+    )
+    numbers = [each.sequence_number for each in seen + rest]
+    assert numbers == list(range(len(numbers)))
+    deltas = [each.delta for each in seen + rest if each.type == "response.output_text.delta"]
+    assert "".join(deltas) == "".join(COUNTING)
+    assert client.responses.retrieve(response.id).output_text == "".join(COUNTING)
+
+
+def test_a_response_in_the_background_is_polled_and_cancelled(
+    server: Server, client: openai.OpenAI
+) -> None:
+    response = client.responses.create(model="slow", input="x", background=True)
+    for _ in polls(10):
+        if response.status not in ("queued", "in_progress"):
+            break
+        response = client.responses.retrieve(response.id)
+    assert (response.status, response.output_text) == ("completed", "".join(SLOW))
+    running = client.responses.create(model="counter", input="x", background=True)
+    assert client.responses.cancel(running.id).status == "cancelled"
+    assert server.model("counter")["readiness"]["state"] == "routable"
+
+
 def test_nobody_else_finds_it(server: Server, client: openai.OpenAI) -> None:
     stream_id, _ = leave_after(client, 1)
     assert server.http.get(f"/v1/stream/{stream_id}").status_code == 401

@@ -271,8 +271,8 @@ def test_a_response_is_its_keys_own(scripted: openai.OpenAI) -> None:
 
 def test_what_is_refused_is_a_bad_request(scripted: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        scripted.responses.create(model="thinker", input="Hi", background=True)
-    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "background")
+        scripted.responses.create(model="thinker", input="Hi", truncation="auto")
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "truncation")
     with pytest.raises(openai.NotFoundError) as missing:
         scripted.responses.create(model="nope", input="Hi")
     assert missing.value.code == "model_not_found"

@@ -14,6 +14,7 @@ from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response
 from supervisor.gateway.generation import collect, submit
 from supervisor.gateway.openai.responses_answers import Response, finished, new_response
+from supervisor.gateway.openai.responses_background import Background
 from supervisor.gateway.openai.responses_events import ResponseEvents
 from supervisor.gateway.openai.responses_input import items_of
 from supervisor.gateway.openai.responses_items import Item, Message
@@ -62,14 +63,18 @@ async def create_response(gateway: Gateway, call: Call) -> HttpResponse:
             encoded = msgspec.json.encode(response)
             store.put(owner, response.id, encoded, previous, given, response.output)
 
+    def make_events() -> ResponseEvents:
+        response.model = call.model or response.model
+        response.status = "in_progress"
+        return ResponseEvents(response, builder, keep)
+
     terms = terms_of(call, started, api_key=gateway.settings.api_key, claims=request.claims)
+    if request.background:
+        background = Background(gateway, call, response, make_events)
+        await background.start(request.model, generate, terms, started)
+        return background.followed() if streaming else background.answer()
     streams = await submit(gateway, call, request.model, [generate], terms, streaming=streaming)
     if streaming:
-
-        def make_events() -> ResponseEvents:
-            response.model = call.model
-            return ResponseEvents(response, builder, keep)
-
         return await open_event_stream(gateway, call, streams, make_events, started)
     [answer] = await collect(gateway, call, streams)
     response.model = call.model

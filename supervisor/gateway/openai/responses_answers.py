@@ -23,7 +23,7 @@ from supervisor.gateway.openai.responses_tools import (
 from supervisor.gateway.openai.tools import TextFormat
 from supervisor.stream import RequestStream
 
-Status = Literal["in_progress", "completed", "incomplete", "failed"]
+Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
 class IncompleteDetails(msgspec.Struct):
@@ -59,7 +59,7 @@ class AnsweredReasoning(msgspec.Struct):
 
 
 class Response(msgspec.Struct, kw_only=True):
-    """As it begins; ``finished`` and ``failed`` say how it ends."""
+    """As it begins; ``finished``, ``failed`` and ``cancelled`` say how it ends."""
 
     id: str
     object: Literal["response"] = "response"
@@ -104,6 +104,8 @@ def new_response(request: ResponseRequest, *, store: bool) -> Response:
         # Who has the id can read the response: it must not be guessed.
         id=f"resp_{secrets.token_hex(24)}",
         created_at=int(time.time()),
+        status="queued" if request.background else "in_progress",
+        background=bool(request.background),
         instructions=request.instructions,
         max_output_tokens=request.max_tokens if max_tokens is None else max_tokens,
         max_tool_calls=request.max_tool_calls,
@@ -148,6 +150,11 @@ def failed(response: Response, items: Sequence[OutputItem], error: CodedError) -
     return msgspec.structs.replace(
         response, status="failed", output=items, error=error_object(error)
     )
+
+
+def cancelled(response: Response, items: Sequence[OutputItem]) -> Response:
+    """The response as far as it was when somebody asked for its end."""
+    return msgspec.structs.replace(response, status="cancelled", output=items)
 
 
 def _usage(stream: RequestStream) -> ResponseUsage:

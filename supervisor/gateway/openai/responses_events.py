@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from protocol.chat import Extras
-from protocol.errors import CodedError
+from protocol.errors import CodedError, ErrorCode
 from protocol.messages import FinishReason
 from supervisor.gateway.errors import error_object
 from supervisor.gateway.openai.logprobs import ContentLogprob
-from supervisor.gateway.openai.responses_answers import Response, failed, finished
+from supervisor.gateway.openai.responses_answers import Response, cancelled, failed, finished
 from supervisor.gateway.openai.responses_items import (
     FunctionCall,
     Message,
@@ -50,6 +50,11 @@ class ResponseEvents:
         self._delta = b""
         self._after = b""
 
+    @property
+    def response(self) -> Response:
+        """As far as it is."""
+        return self._response
+
     def first(self, streams: Sequence[RequestStream]) -> bytes:
         return self._response_event("response.created") + self._response_event(
             "response.in_progress"
@@ -71,11 +76,15 @@ class ResponseEvents:
 
     def error(self, error: CodedError) -> bytes:
         envelope = error_object(error)
-        self._response = failed(self._response, self._builder.break_off(), error)
+        items = self._builder.break_off()
+        if self._response.background and error.code is ErrorCode.REQUEST_CANCELLED:
+            self._response = cancelled(self._response, items)
+        else:
+            self._response = failed(self._response, items, error)
         # Documented is the flat form; what OpenAI sends, and clients read, is the other.
         flat = {"code": error.code.value, "message": error.message, "param": error.param}
         event = self._event("error", _encode({**flat, "error": envelope})[1:-1] + b",")
-        return event + self._response_event("response.failed")
+        return event + self._response_event(f"response.{self._response.status}")
 
     def keep_alive(self) -> bytes:
         return KEEP_ALIVE

@@ -105,7 +105,7 @@ class ResponseRequest(Parameters, kw_only=True):
     #: Further variables for the model's chat template, such as ``enable_thinking``.
     chat_template_kwargs: dict[str, Any] | None = None
     access_programs: Any = None
-    background: Any = None
+    background: bool | None = None
     background_options: Any = None
     context_management: Any = None
     conversation: Any = None
@@ -134,7 +134,6 @@ class ResponseRequest(Parameters, kw_only=True):
 _LIMITS: Mapping[str, Sequence[Any]] = {
     "n": (1,),
     "access_programs": (),
-    "background": (False,),
     "background_options": ({},),
     "context_management": ([],),
     "conversation": (),

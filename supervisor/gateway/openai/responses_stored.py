@@ -1,29 +1,66 @@
-"""``/v1/responses/{id}``: responses that are kept, and what was given for them."""
+"""``/v1/responses/{id}``: responses that are kept, or still under way in the background."""
 
 from __future__ import annotations
 
+import msgspec
 from starlette.responses import Response
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import JSON_TYPE, json_response
+from supervisor.gateway.following import event_number, follow
 from supervisor.gateway.openai.parameters import invalid_value, unsupported
+from supervisor.gateway.openai.responses_background import in_background
 from supervisor.gateway.openai.responses_store import Stored
+from supervisor.gateway.recordings import Recording
 from supervisor.gateway.scheduling import key_digest
+
+
+class _Kept(msgspec.Struct):
+    background: bool
+
+
+_decoder = msgspec.json.Decoder(_Kept)
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 20, 100
 
 
 async def get_response(gateway: Gateway, call: Call) -> Response:
-    """As it was answered, with all that was to be included then."""
-    if call.query_params.get("stream") not in (None, "false"):
-        raise unsupported("stream", "reading a stored response as a stream is")
-    return Response(_stored(gateway, call).response, media_type=JSON_TYPE)
+    """As it was answered, with all that was to be included then, or as far as it is.
+
+    With ``stream`` the events of one that runs or ran in the background, those after the
+    one with the number ``starting_after``.
+    """
+    recording = in_background(gateway, call)
+    if call.query_params.get("stream") in (None, "false"):
+        return _state(gateway, call, recording)
+    if recording is None:
+        _stored(gateway, call)
+        raise unsupported("stream", "reading a response as a stream that is not kept as one is")
+    after = call.query_params.get("starting_after")
+    at = 0 if after is None else event_number("starting_after", after) + 1
+    return follow(gateway, call, recording, at, "starting_after")
+
+
+async def cancel_response(gateway: Gateway, call: Call) -> Response:
+    """End one that runs in the background; how it ended. One that has ended stays as it is."""
+    recording = in_background(gateway, call)
+    if recording is not None:
+        recording.cancel()
+        await recording.end()
+    elif not _decoder.decode(_stored(gateway, call).response).background:
+        raise invalid_value("response_id", "is of a response that was not asked for in background")
+    return _state(gateway, call, recording)
 
 
 async def delete_response(gateway: Gateway, call: Call) -> Response:
+    """One that still runs in the background ends, too."""
     response_id: str = call.path_params["id"]
-    if not gateway.responses.delete(key_digest(call), response_id):
+    recording = in_background(gateway, call)
+    if recording is not None:
+        recording.cancel()
+        gateway.recordings.forget(recording)
+    if not gateway.responses.delete(key_digest(call), response_id) and recording is None:
         raise _not_found(response_id)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -53,6 +90,12 @@ async def list_input_items(gateway: Gateway, call: Call) -> Response:
             "has_more": len(page) < len(items),
         }
     )
+
+
+def _state(gateway: Gateway, call: Call, recording: Recording | None) -> Response:
+    if recording is not None and recording.state is not None:
+        return Response(recording.state(), media_type=JSON_TYPE)
+    return Response(_stored(gateway, call).response, media_type=JSON_TYPE)
 
 
 def _stored(gateway: Gateway, call: Call) -> Stored:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
+import weakref
 
 import httpx
 import pytest
@@ -380,6 +382,27 @@ async def test_a_stream_that_is_silent_says_that_it_is_alive(
     await again.finish()
     # The one that every message begins with.
     assert again.body.count(ping) == 1
+
+
+async def test_what_has_ended_holds_no_request(app: ASGIApp, fleet: FakeFleet) -> None:
+    for background in (False, True):
+        call = Exchange(
+            app,
+            "POST",
+            RESPONSES,
+            json={**BODIES[RESPONSES], "stream": True, "background": background},
+            headers=TALK,
+        )
+        await call.finish()
+        submitted = fleet.requests.pop()
+        stream = weakref.ref(submitted.stream)
+        stream_id = call.headers["x-stream-id"]
+        del call, submitted
+        gc.collect()
+        assert stream() is None
+        back = Exchange(app, "GET", f"/v1/stream/{stream_id}")
+        await back.finish()
+        assert b"Hello" in back.body
 
 
 async def test_a_head_request_does_not_wait(app: ASGIApp, fleet: FakeFleet) -> None:

@@ -170,6 +170,33 @@ async def test_who_has_finished_sending_gets_an_answer(fleet: FakeFleet, tmp_pat
         assert data.endswith(b'{"status":"ok"}')
 
 
+async def test_who_has_finished_sending_has_left_a_stream_that_others_may_read(
+    fleet: FakeFleet, tmp_path: Path
+) -> None:
+    fleet.script = None
+    body = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "x"}]}'
+    named = b"x-conversation-id: talk\r\n"
+    async with serving(fleet, tmp_path, stream_keep_s=0.2) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(CHAT + named + b"content-length: %d\r\n\r\n" % len(body) + body)
+        submitted = await fleet.request()
+        submitted.accept()
+        submitted.say("Hel")
+        head = await reader.readuntil(b"Hel")
+        stream_id = head.partition(b"x-stream-id: ")[2].partition(b"\r\n")[0]
+        back, returned = await asyncio.open_connection("127.0.0.1", port)
+        returned.write(b"GET /v1/stream/%b HTTP/1.1\r\nhost: localhost\r\n\r\n" % stream_id)
+        await back.readuntil(b"Hel")
+        assert not submitted.cancelled
+        for each in (writer, returned):
+            each.write_eof()
+        # Both still read; but nobody could tell them from those who have gone.
+        async with asyncio.timeout(5):
+            await submitted.cancellation.wait()
+        for each in (writer, returned):
+            each.close()
+
+
 async def test_an_upgrade_is_answered_as_a_plain_request(
     fleet: FakeFleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

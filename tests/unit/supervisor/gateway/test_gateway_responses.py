@@ -186,7 +186,6 @@ async def test_values_that_ask_for_nothing_are_accepted(client: httpx.AsyncClien
     ("more", "param"),
     [
         ({"n": 2}, "n"),
-        ({"background": True}, "background"),
         ({"background_options": {"completion_window": "2h"}}, "background_options"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"conversation": {"id": "conv_1"}}, "conversation"),
