@@ -7,7 +7,6 @@ what can do neither ends in a typed error. See ``resumption``.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterable
 from enum import StrEnum
@@ -40,9 +39,9 @@ from supervisor.entries import (
     prepare_next_run,
     worker_blocked,
 )
+from supervisor.inquiries import Inquiries
 from supervisor.pace import Pace
 from supervisor.places import may_enter
-from supervisor.resumption import MAX_RUNS
 from supervisor.seeds import seeded
 from supervisor.stream import Prefill, RequestStream
 from supervisor.suspects import Suspects, convict
@@ -84,13 +83,12 @@ class RequestTable:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_stream_buffer_bytes = max_stream_buffer_bytes
-        self._max_inquiries = max_inquiries
         self._clock = clock
         self._pace = Pace()
         self._entries: dict[int, Entry] = {}
         #: Given up, and not ended yet at the worker; by id, whether that was told.
         self._given_up: dict[int, bool] = {}
-        self._inquiries: dict[int, OpenInquiry] = {}
+        self._inquiries = Inquiries(max_inquiries, run=self._run, call_off=self._call_off)
         self._send: SendToWorker | None = None
         self._flows = False
         self._suspects = Suspects()
@@ -163,30 +161,14 @@ class RequestTable:
         Raises ``CodedError``: ``rate_limit_exceeded``, the worker's refusal, or what
         became of the model. Who is cancelled calls the inquiry off.
         """
-        if len(self._inquiries) >= self._max_inquiries:
-            raise CodedError(
-                ErrorCode.RATE_LIMIT_EXCEEDED,
-                f"the model has {len(self._inquiries)} inquiries in hand already",
-                retry_after_s=1.0,
-            )
-        request_id = next(_ids)
-        inquiry = msgspec.structs.replace(inquiry, request_id=request_id)
-        entry = OpenInquiry(inquiry, asyncio.get_running_loop().create_future())
-        if not self._run(entry):
-            raise worker_blocked()
-        self._inquiries[request_id] = entry
         try:
-            return await entry.answer
+            numbered = msgspec.structs.replace(inquiry, request_id=next(_ids))
+            return await self._inquiries.ask(numbered)
         finally:
-            called_off = self._inquiries.pop(request_id, None) is not None
             self.idle_since = self._clock()
-            if called_off and entry.sent and self._send is not None:
-                self._send(Cancel(request_id))
 
     def answer(self, message: InquiryAnswer) -> None:
-        entry = self._inquiries.pop(message.request_id, None)
-        if entry is not None and not entry.answer.done():
-            entry.answer.set_result(message)
+        self._inquiries.answer(message)
 
     def deliver(self, deltas: Iterable[Delta]) -> None:
         """Hand a step's deltas out. Those of abandoned requests are dropped."""
@@ -241,17 +223,14 @@ class RequestTable:
         error = CodedError(message.code, message.message, param=message.param)
         if (entry := self._remove(message.request_id)) is not None:
             entry.stream.fail(error)
-        elif (inquiry := self._inquiries.pop(message.request_id, None)) is not None:
-            inquiry.fail(error)
-        else:
+        elif not self._inquiries.reject(message.request_id, error):
             self._hear_of_given_up(message.request_id, ended=True)
 
     def phase(self) -> Phase:
         """What the worker must be doing: newer than its last beat."""
         running = [entry for entry in self._entries.values() if entry.sent]
         if not running:
-            asked = any(inquiry.sent for inquiry in self._inquiries.values())
-            return Phase.PREFILL if asked else Phase.IDLE
+            return Phase.PREFILL if self._inquiries.sent() else Phase.IDLE
         begun = any(entry.begun for entry in running)
         return Phase.DECODE if begun else Phase.PREFILL
 
@@ -259,8 +238,8 @@ class RequestTable:
         """The requests that the worker has, as they came, oldest first, then those it was
         asked about."""
         running: list[Job] = [entry.asked for entry in self._entries.values() if entry.sent]
-        inquiries = [entry.request for entry in self._inquiries.values() if entry.sent]
-        return running + [each.generate for each in inquiries if isinstance(each, Tokenize)]
+        asked = self._inquiries.sent()
+        return running + [each.generate for each in asked if isinstance(each, Tokenize)]
 
     def sent(self) -> int:
         """How many the worker has; the others wait for the next one."""
@@ -281,11 +260,7 @@ class RequestTable:
                 if entry.is_canary or not prepare_next_run(entry, alone):
                     self._remove(request_id)
                     entry.stream.fail(blamed(error, entry))
-        for request_id, inquiry in list(self._inquiries.items()):
-            inquiry.sent = False
-            if inquiry.runs >= MAX_RUNS:
-                del self._inquiries[request_id]
-                inquiry.fail(error)
+        self._inquiries.park(error)
 
     def convict(self) -> Job | None:
         """The request, as it came, that the worker's death is to blame on, if that is certain.
@@ -316,10 +291,7 @@ class RequestTable:
         for entry in sorted(self._entries.values(), key=lambda entry: entry.opened_at):
             if not entry.sent and not self._run(entry):
                 self._refuse(entry)
-        for request_id, inquiry in list(self._inquiries.items()):
-            if not inquiry.sent and not self._run(inquiry):
-                del self._inquiries[request_id]
-                inquiry.fail(worker_blocked())
+        self._inquiries.resume()
 
     def _pause_and_call_next(self) -> None:
         """Take the worker from one that is cleared, for those that are not."""
@@ -341,12 +313,10 @@ class RequestTable:
     def fail_all(self, error: CodedError) -> None:
         self._suspects = Suspects()
         entries, self._entries = self._entries, {}
-        inquiries, self._inquiries = self._inquiries, {}
         self._pace.idle()
         for entry in entries.values():
             entry.stream.fail(blamed(error, entry))
-        for inquiry in inquiries.values():
-            inquiry.fail(error)
+        self._inquiries.fail_all(error)
 
     def _run(self, entry: Entry | OpenInquiry) -> bool:
         """Give a request to the worker; False when that does not read.
@@ -361,6 +331,10 @@ class RequestTable:
             entry.sent = True
             entry.runs += 1
         return delivery is not Delivery.BLOCKED
+
+    def _call_off(self, request_id: int) -> None:
+        if self._send is not None:
+            self._send(Cancel(request_id))
 
     def _require_place(self, client: str, limit: int) -> None:
         taken = sum(not entry.is_canary for entry in self._entries.values())
