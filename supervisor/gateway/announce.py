@@ -47,7 +47,7 @@ def ready_lines(settings: Settings, model_id: str) -> list[str]:
             {"role": "system", "content": "You are a helpful assistant."},
             {"role": "user", "content": "What is the capital of France?"},
         ],
-        "temperature": 0.2,
+        "temperature": 0,
     }
     # The key itself does not belong into a terminal's scrollback.
     key = ' -H "Authorization: Bearer $OPTA_LMX_API_KEY"' if settings.api_key else ""
