@@ -16,7 +16,6 @@ from collections.abc import Callable
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Inquiry, InquiryAnswer, Job
 from supervisor import lifecycle, status
-from supervisor.canary import CanaryReport
 from supervisor.footprint import resident_gb
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
@@ -24,7 +23,7 @@ from supervisor.lifecycle import Command, Event, Readiness, State
 from supervisor.memory import Footprint
 from supervisor.memory_share import MemoryShare
 from supervisor.portrait import portray
-from supervisor.proof import prove
+from supervisor.proof import Prover
 from supervisor.quarantine import FailureKind, count_in_window
 from supervisor.recorder import Recorder
 from supervisor.requests import RequestTable
@@ -68,8 +67,7 @@ class Actor:
         self._generation: Generation | None = None
         #: Why the last worker's process is still there, if it is.
         self.left_behind: str | None = None
-        self._canary: asyncio.Task[None] | None = None
-        self._canary_report: CanaryReport | None = None
+        self._prover = Prover(self._requests, self._inbox.put_nowait)
         self._timer: asyncio.TimerHandle | None = None
         self._load_waiters = LoadWaiters()
         self._changed = asyncio.Event()
@@ -349,8 +347,10 @@ class Actor:
                     self._generation.stop(broken=command.broken)
             case lifecycle.RunCanary():
                 assert self._generation is not None
+                assert self._generation.model is not None
                 self._requests.connect(self._generation.send)
-                self._canary = asyncio.create_task(self._prove(command))
+                timeout_s = services.settings.canary_timeout_s
+                self._prover.start(self._generation.model, command, timeout_s=timeout_s)
             case lifecycle.ScheduleRestart():
                 services.metrics.worker_restarted(spec.model_id)
                 self._post_later(command.delay_s, lifecycle.RestartDue(command.generation))
@@ -370,9 +370,9 @@ class Actor:
                 self._lose_worker()
                 self._requests.fail_all(self._error(command.code, command.reason))
             case lifecycle.RecordPass():
-                assert self._canary_report is not None
+                assert self._prover.report is not None
                 assert self._generation is not None
-                self._recorder.passed(self._canary_report, self._generation.case.parts_s())
+                self._recorder.passed(self._prover.report, self._generation.case.parts_s())
             case lifecycle.RecordFailure():
                 self._record_failure(command)
             case lifecycle.AnswerLoads():
@@ -415,20 +415,7 @@ class Actor:
 
     def _lose_worker(self) -> None:
         self._requests.disconnect()
-        if self._canary is not None:
-            self._canary.cancel()
-            self._canary = None
-
-    async def _prove(self, command: lifecycle.RunCanary) -> None:
-        assert self._generation is not None
-        assert self._generation.model is not None
-        event, self._canary_report = await prove(
-            self._requests,
-            self._generation.model,
-            command,
-            timeout_s=self._services.settings.canary_timeout_s,
-        )
-        self._inbox.put_nowait(event)
+        self._prover.cancel()
 
     # --- carrying out ---
 

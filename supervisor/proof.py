@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 
 from protocol.errors import ErrorCode
 from protocol.messages import Job, Loaded, ModelKind
@@ -44,3 +45,33 @@ async def prove(
         failure = f"canary: {reason}"
         return WorkerFailed(number, FailureKind.CANARY, failure, random.random()), None
     return CanaryPassed(number), report
+
+
+class Prover:
+    """Runs canaries through ``requests``, one at a time, and posts what comes of each.
+
+    ``report`` is that of the last one that passed; ``started``: one runs, or has ended by itself.
+    """
+
+    def __init__(self, requests: RequestTable, post: Callable[[Event], None]) -> None:
+        self.report: CanaryReport | None = None
+        self._requests = requests
+        self._post = post
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def started(self) -> bool:
+        return self._task is not None
+
+    def start(self, model: Loaded, command: RunCanary, *, timeout_s: float) -> None:
+        self._task = asyncio.create_task(self._run(model, command, timeout_s))
+
+    def cancel(self) -> None:
+        """Its worker is lost. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def _run(self, model: Loaded, command: RunCanary, timeout_s: float) -> None:
+        event, self.report = await prove(self._requests, model, command, timeout_s=timeout_s)
+        self._post(event)

@@ -28,7 +28,7 @@ from supervisor.lifecycle import (
     failure_code,
 )
 from supervisor.memory import Footprint
-from supervisor.proof import prove
+from supervisor.proof import Prover
 from supervisor.quarantine import FailureKind
 from supervisor.recorder import PASSED
 from supervisor.requests import RequestTable
@@ -73,8 +73,7 @@ class Trial:
             max_stream_buffer_bytes=services.settings.max_stream_buffer_bytes
         )
         self._generation: Generation | None = None
-        self._canary: asyncio.Task[None] | None = None
-        self._report: CanaryReport | None = None
+        self._prover = Prover(self._requests, self._events.put_nowait)
         self._size = 0
         self._short_of_memory: str | None = None
         self._ending = self._gone = False
@@ -147,7 +146,7 @@ class Trial:
         match event:
             case CanaryPassed():
                 parts_s = generation.case.parts_s()
-                ended = Ended(PASSED, telling=True, report=self._report, parts_s=parts_s)
+                ended = Ended(PASSED, telling=True, report=self._prover.report, parts_s=parts_s)
             case LoadRefused(code=code, reason=reason):
                 ended = Ended(reason, code, telling=code in UNCOUNTED_LOAD_FAILURES)
             case WorkerFailed(reason=reason) if self._short_of_memory is not None:
@@ -160,13 +159,16 @@ class Trial:
 
     @property
     def _phase(self) -> Readiness:
-        return Readiness.LOADING if self._canary is None else Readiness.CANARY_PENDING
+        return Readiness.CANARY_PENDING if self._prover.started else Readiness.LOADING
 
     async def _decision(self, generation: Generation) -> Event:
         """The event that settles it."""
         while isinstance(event := await self._next_event(), WorkerLoaded):
             self._requests.connect(generation.send)
-            self._canary = asyncio.create_task(self._prove(generation))
+            assert generation.model is not None
+            command = RunCanary(NUMBER, self._strict)
+            timeout_s = self._services.settings.canary_timeout_s
+            self._prover.start(generation.model, command, timeout_s=timeout_s)
         return event
 
     async def _next_event(self) -> Event:
@@ -174,21 +176,10 @@ class Trial:
         self._gone = self._gone or isinstance(event, WorkerExited)
         return event
 
-    async def _prove(self, generation: Generation) -> None:
-        assert generation.model is not None
-        event, self._report = await prove(
-            self._requests,
-            generation.model,
-            RunCanary(NUMBER, self._strict),
-            timeout_s=self._services.settings.canary_timeout_s,
-        )
-        self._events.put_nowait(event)
-
     async def _end(self, generation: Generation, *, broken: bool) -> None:
         self._ending = True
         self._requests.disconnect()
-        if self._canary is not None:
-            self._canary.cancel()
+        self._prover.cancel()
         generation.stop(broken=broken)
         # It comes in any case, also of a process that cannot be killed.
         while not self._gone:

@@ -12,7 +12,7 @@ import pytest
 
 from protocol.errors import ErrorCode
 from protocol.messages import Loaded
-from supervisor import trial
+from supervisor import proof, trial
 from supervisor.canary import CanaryReport
 from supervisor.casefile import CaseFile
 from supervisor.gate import ModelSpec
@@ -122,7 +122,7 @@ def make(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         members: dict[str, Any] = {"script": script, "ends": ends, "made": []}
         kind = type("ScriptedWorker", (Worker,), members)
         monkeypatch.setattr(trial, "Generation", kind)
-        monkeypatch.setattr(trial, "prove", prove)
+        monkeypatch.setattr(proof, "prove", prove)
         files = ModelFiles(tmp_path / "x.sim.json", "simulated", SIMULATED_TRAITS, 1, "digest")
         spec = ModelSpec("m", files, "simulated", "1", None, None, memory_limit_bytes=LIMIT)
         return Scene(Trial(spec, services, strict=True), kind.made)  # type: ignore[attr-defined]
