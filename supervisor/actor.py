@@ -370,7 +370,6 @@ class Actor:
                 self._lose_worker()
                 self._requests.fail_all(self._error(command.code, command.reason))
             case lifecycle.RecordPass():
-                assert self._prover.report is not None
                 assert self._generation is not None
                 self._recorder.passed(self._prover.report, self._generation.case.parts_s())
             case lifecycle.RecordFailure():

@@ -24,6 +24,8 @@ STRICT_TOKENS = 64
 
 #: An answer that goes on until it is cancelled.
 CANCEL_AFTER_TOKENS = 256
+#: Length of the answer that follows, by which a model is known again.
+RECALL_TOKENS = 4
 
 _MESSAGES = [ChatMessage("user", "Count from one to twenty.")]
 _TEXT = "One, two, three,"
@@ -56,13 +58,22 @@ class CanaryReport:
     completion_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """That a model works. ``recalled`` is its answer to what ``recall`` asks; None for a
+    model that generates nothing."""
+
+    report: CanaryReport
+    recalled: str | None = None
+
+
 #: Starts a request on the worker under test.
 Submit = Callable[[Generate], RequestStream]
 
 
 async def run_canary(
     submit: Submit, *, has_chat_template: bool, context_length: int, strict: bool
-) -> CanaryReport:
+) -> Proof:
     """Raise ``CanaryFailed`` unless the model passes. The caller sets the deadline.
 
     A chat template that refuses the prompt says nothing about the model, which is
@@ -71,7 +82,7 @@ async def run_canary(
     """
     tokens = STRICT_TOKENS if strict else TOKENS
     prompts = [Generate(0, messages=_MESSAGES)] if has_chat_template else []
-    prompts.append(Generate(0, prompt=_TEXT))
+    prompts.append(_PLAIN)
     try:
         for prompt in prompts:
             canary = _Canary(submit, prompt, context_length)
@@ -82,14 +93,35 @@ async def run_canary(
                     raise
                 refusal = error
             else:
-                await canary.cancel_midway()
-                await canary.answer(4)
-                return report
+                return Proof(report, await recall(submit, context_length=context_length))
     except CodedError as error:
         raise CanaryFailed(error.message) from error
     raise CanaryImpossible(f"no prompt could be tried: {refusal.message}")
 
 
+async def recall(submit: Submit, *, context_length: int) -> str:
+    """Cancel an answer midway, have a short one after it, and return that.
+
+    A respawned worker that answers as its proven predecessor did works as that did: the
+    answer is greedy, so wrong weights or broken kernels give another. Raises
+    ``CanaryFailed`` for one that does not end when told.
+    """
+    canary = _Canary(submit, _PLAIN, context_length)
+    try:
+        await canary.cancel_midway()
+        stream = canary.ask(RECALL_TOKENS)
+        try:
+            expected = min(RECALL_TOKENS, context_length - await stream.accepted())
+            answer = await stream.collect()
+        finally:
+            stream.close()
+    except CodedError as error:
+        raise CanaryFailed(error.message) from error
+    check_end(answer.finish, stream.completion_tokens, expected)
+    return answer.text
+
+
+_PLAIN = Generate(0, prompt=_TEXT)
 _PROMPT_REFUSALS = frozenset({ErrorCode.INVALID_VALUE, ErrorCode.CONTEXT_LENGTH_EXCEEDED})
 
 
@@ -101,7 +133,7 @@ class _Canary:
 
     async def answer(self, tokens: int) -> CanaryReport:
         started = time.monotonic()
-        stream = self._ask(tokens)
+        stream = self.ask(tokens)
         texts: list[str] = []
         try:
             prompt_tokens = await stream.accepted()
@@ -134,7 +166,7 @@ class _Canary:
 
     async def cancel_midway(self) -> None:
         """Drop a long answer after its first text; the next answer shows that this worked."""
-        stream = self._ask(CANCEL_AFTER_TOKENS)
+        stream = self.ask(CANCEL_AFTER_TOKENS)
         try:
             await stream.accepted()
             await stream.next()
@@ -147,7 +179,7 @@ class _Canary:
         asked = msgspec.json.encode((chat, self.prompt.prompt, tokens))
         return hashlib.sha256(asked).hexdigest()[:16]
 
-    def _ask(self, max_tokens: int) -> RequestStream:
+    def ask(self, max_tokens: int) -> RequestStream:
         return self.submit(
             msgspec.structs.replace(
                 self.prompt,
@@ -163,15 +195,20 @@ class _Canary:
 
 def check_answer(text: str, finish: FinishReason | None, sampled: int, max_tokens: int) -> None:
     """Raise ``CanaryFailed`` for an answer that no working model gives."""
+    check_end(finish, sampled, max_tokens)
+    if not any(char.isprintable() and not char.isspace() and char != "\ufffd" for char in text):
+        raise CanaryFailed(f"answered without one readable character: {text[:80]!r}")
+    if max_tokens >= TOKENS and is_degenerate(text, max_tokens):
+        raise CanaryFailed(f"repeats itself without end: {text[:80]!r}")
+
+
+def check_end(finish: FinishReason | None, sampled: int, max_tokens: int) -> None:
+    """Raise ``CanaryFailed`` for an answer that did not end when it should."""
     if finish is not FinishReason.LENGTH or sampled != max_tokens:
         raise CanaryFailed(
             f"did not stop when told: {sampled} tokens and finish reason {finish}, "
             f"asked for {max_tokens}"
         )
-    if not any(char.isprintable() and not char.isspace() and char != "\ufffd" for char in text):
-        raise CanaryFailed(f"answered without one readable character: {text[:80]!r}")
-    if max_tokens >= TOKENS and is_degenerate(text, max_tokens):
-        raise CanaryFailed(f"repeats itself without end: {text[:80]!r}")
 
 
 def is_degenerate(text: str, tokens: int) -> bool:

@@ -42,10 +42,21 @@ KILL_TIMEOUT_S = 10.0
 OUTPUT_TAIL_BYTES = 64 * 1024
 
 
-def _environment(boot: WorkerBoot, mark: str) -> dict[str, str]:
-    # A worker loads what is on disk; it never asks a hub.
+#: glibc asks for huge pages where it maps much at once, if the system leaves that to programs:
+#: a KV cache of 190 MB is there in 30 ms instead of 130. Others do not read it.
+_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+
+
+def worker_environment(boot: WorkerBoot, mark: str) -> dict[str, str]:
+    """Ours without our settings, the worker's boot record, and what its libraries are to do."""
+    own = own_environment()
+    tunables = own.get(_TUNABLES, "")
+    if _HUGE_PAGES not in tunables:
+        tunables = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
     return {
-        **own_environment(),
+        **own,
+        _TUNABLES: tunables,
+        # A worker loads what is on disk; it never asks a hub.
         "HF_HUB_OFFLINE": "1",
         MARK_ENV: mark,
         BOOT_ENV: encode_boot(boot),
@@ -85,7 +96,7 @@ class WorkerProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=output_write,
                     stderr=output_write,
-                    env=_environment(boot, mark),
+                    env=worker_environment(boot, mark),
                     pass_fds=(death_fd,),
                     start_new_session=True,
                 )

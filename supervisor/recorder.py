@@ -48,8 +48,9 @@ class Recorder:
         earlier = incidents.list(model=spec.model_id, limit=1)
         self.last_incident_id = earlier[0].id if earlier else None
 
-    def passed(self, report: CanaryReport, parts_s: Mapping[str, float]) -> None:
-        """The canary passed; ``parts_s`` is where the time went from the spawn until then."""
+    def passed(self, report: CanaryReport | None, parts_s: Mapping[str, float]) -> None:
+        """The canary passed, a short one if there is no report; ``parts_s`` is where the time
+        went from the spawn until then."""
         self._metrics.canary_ended(self.spec.model_id, "pass")
         self._add("pass", PASSED, measured(report, parts_s))
 
@@ -108,11 +109,12 @@ class Recorder:
         remember(self._registry, self.spec, outcome, reason, metadata)
 
 
-def measured(report: CanaryReport, parts_s: Mapping[str, float]) -> dict[str, object]:
-    """What a pass leaves in the registry."""
+def measured(report: CanaryReport | None, parts_s: Mapping[str, float]) -> dict[str, object]:
+    """What a pass leaves in the registry. A short canary measures nothing."""
     parts = {name: round(seconds, 3) for name, seconds in parts_s.items()}
+    told = {"short_canary": True} if report is None else msgspec.to_builtins(report)
     return {
-        **msgspec.to_builtins(report),
+        **told,
         "load_s": round(sum(parts_s.values()), 3),
         "load_parts_s": parts,
     }

@@ -48,5 +48,8 @@ def test_kill_one_while_both_stream(server: Server, victim: str) -> None:
     assert text_of(streamed) == undisturbed
 
     server.await_state(victim, "routable", generation=generation + 1)
+    query = f"/admin/models/compatibility?model={victim}&limit=1"
+    [record] = server.http.get(query).json()["records"]
+    assert record["metadata"]["short_canary"] is True
     assert server.chat(victim, max_tokens=3).status_code == 200
     assert server.model(survivor)["generation"] >= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from itertools import compress, repeat
 from typing import Any
 
 import llama_cpp
@@ -23,9 +24,8 @@ class Vocabulary:
         #: By markers, what is shown of special tokens.
         self._shown: dict[frozenset[str], dict[int, bytes]] = {}
         self.size = llama_cpp.llama_vocab_n_tokens(vocab)
-        self.end_tokens = frozenset(
-            token for token in range(self.size) if llama_cpp.llama_vocab_is_eog(vocab, token)
-        )
+        ends = map(llama_cpp.llama_vocab_is_eog, repeat(vocab, self.size), range(self.size))
+        self.end_tokens = frozenset(compress(range(self.size), ends))
         #: The one to end an answer with.
         self.end_token = self._choose_end(llama_cpp.llama_vocab_eos(vocab))
         self.suppressed_tokens = self._read_suppressed()

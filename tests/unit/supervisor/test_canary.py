@@ -49,10 +49,10 @@ async def run(
         answer(request, stream)
         return stream
 
-    report = await run_canary(
+    proof = await run_canary(
         submit, has_chat_template=True, context_length=context_length, strict=strict
     )
-    return asked, report
+    return asked, proof.report
 
 
 async def test_tokens_that_come_all_at_once_have_a_speed() -> None:

@@ -13,7 +13,7 @@ import pytest
 from protocol.errors import ErrorCode
 from protocol.messages import Loaded
 from supervisor import proof, trial
-from supervisor.canary import CanaryReport
+from supervisor.canary import CanaryReport, Proof
 from supervisor.casefile import CaseFile
 from supervisor.gate import ModelSpec
 from supervisor.lifecycle import (
@@ -110,14 +110,20 @@ def make(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def make(*script: Event, canary: Event | None = None, ends: bool = True) -> Scene:
         async def prove(
-            _table: RequestTable, _model: object, command: RunCanary, *, timeout_s: float
-        ) -> tuple[Event, CanaryReport | None]:
+            _table: RequestTable,
+            _model: object,
+            command: RunCanary,
+            *,
+            timeout_s: float,
+            known: str | None,
+        ) -> tuple[Event, Proof | None]:
+            assert known is None
             assert timeout_s == services.settings.canary_timeout_s
             assert command.strict
             if canary is None:
                 await asyncio.Event().wait()
             assert canary is not None
-            return canary, REPORT if isinstance(canary, CanaryPassed) else None
+            return canary, Proof(REPORT) if isinstance(canary, CanaryPassed) else None
 
         members: dict[str, Any] = {"script": script, "ends": ends, "made": []}
         kind = type("ScriptedWorker", (Worker,), members)
