@@ -111,7 +111,7 @@ class Generate(Message, frozen=True):
     ``top_logprobs`` asks for log probabilities, and for so many of the likeliest
     tokens (None: for none). ``echo`` puts the prompt's text before the answer. ``raw``:
     the answer to a chat is the text as the model writes it, with its reasoning and calls.
-    Without ``cache_prompt`` all of the prompt is computed anew.
+    Without ``cache_prompt`` all of the prompt is computed anew, and nothing of it is kept.
 
     ``resume_tokens`` are what a worker that is no more had made of the answer: it goes on
     behind them, and of what they mean nothing is told again. They count in ``max_tokens``.

@@ -189,6 +189,8 @@ class _Canary:
                 ignore_eos=True,
                 validate_logits=True,
                 raw=True,
+                # It leaves nothing behind that would make other answers out of those that follow.
+                cache_prompt=False,
             )
         )
 

@@ -165,10 +165,10 @@ def test_an_echo_is_the_prompt_and_then_the_answer(client: openai.OpenAI, model:
 
 @pytest.mark.parametrize("model", REAL)
 def test_the_prompt_cache_can_be_left_out(client: openai.OpenAI, model: str) -> None:
-    def cached(**extra: Any) -> int:
+    def cached(words: str = model, **extra: Any) -> int:
         answer = client.chat.completions.create(
             model=model,
-            messages=[{"role": "user", "content": f"{model} " * 80}],
+            messages=[{"role": "user", "content": f"{words} " * 80}],
             max_tokens=2,
             extra_body=extra,
         )
@@ -179,6 +179,9 @@ def test_the_prompt_cache_can_be_left_out(client: openai.OpenAI, model: str) -> 
     cached()
     assert cached() > 0
     assert cached(cache_prompt=False) == 0
+    # And nothing comes into it: others find no more than the beginning that all chats have.
+    cached("another", cache_prompt=False)
+    assert cached("another") < 80
 
 
 # --- tools and reasoning ----------------------------------------------------------

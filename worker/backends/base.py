@@ -83,7 +83,8 @@ class SequenceSpec:
     batch of other size may differ in their last digits, and with them what is likeliest.
     ``mask`` knows all of them.
 
-    Without ``cache_prompt`` all of the prompt is computed, whatever is in the prompt cache.
+    Without ``cache_prompt`` all of the prompt is computed, whatever is in the prompt cache, and
+    nothing of it is kept there.
     """
 
     sequence_id: int

@@ -155,12 +155,12 @@ class KvPool:
         """Another prompt, which has just come, begins with so much of a running one."""
         self._keep.add_stop(sequence, length)
 
-    def end(self, sequence: CachedSequence) -> None:
-        """A sequence no longer runs: what is computed of it is kept for others."""
+    def end(self, sequence: CachedSequence, *, keep: bool = True) -> None:
+        """A sequence no longer runs: what is computed of it is kept for others, or not."""
         self._running.remove(sequence)
         sequence.tokens = sequence.tokens[: sequence.length]
         sequence.stops = []
-        if not self._keeps or not sequence.length:
+        if not (keep and self._keeps and sequence.length):
             self._release(sequence.slot)
             return
         for other in tuple(self._keep.prefixes):

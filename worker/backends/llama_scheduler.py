@@ -337,7 +337,7 @@ class Scheduler:
         if sequence.cached is not _NOWHERE:
             if sequence.drafted:
                 self._pool.cut(sequence.cached)
-            self._pool.end(sequence.cached)
+            self._pool.end(sequence.cached, keep=sequence.spec.cache_prompt)
         self._blocked = False
 
 

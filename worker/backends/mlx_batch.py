@@ -16,7 +16,9 @@ and all tokens that it has returned, the last one included.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -135,8 +137,7 @@ class SequenceBatch:
             return
         for uid, sequence in self._running.items():
             if sequence.spec.sequence_id == sequence_id:
-                if self._kept is not None:
-                    self._kept.keep(self._snapshot(uid))
+                self._keep(sequence, partial(self._snapshot, uid))
                 self._generator.remove([uid])
                 self._alone = None
                 del self._running[uid]
@@ -189,7 +190,7 @@ class SequenceBatch:
     def _place(self, sequence: _Sequence, found: int, caches: KVCaches | None) -> None:
         spec, prompt = sequence.spec, sequence.prompt.tolist()
         sequence.cached = sequence.computed = found
-        if self._kept is not None and not self._trims:
+        if self._kept is not None and spec.cache_prompt and not self._trims:
             sequence.stops = self._stops(sequence, found)
         cuts = [found, *(stop for stop in sequence.stops if stop < len(prompt) - 1), len(prompt)]
         processors = create_logits_processors(spec, self._end_tokens, self._context_length)
@@ -290,8 +291,7 @@ class SequenceBatch:
         if not alone.remaining or tokens[-1] in self._end_tokens:
             self._alone = None
             self._running.clear()
-            if self._kept is not None:
-                self._kept.keep(alone.snapshot())
+            self._keep(sequence, alone.snapshot)
         number = sequence.spec.sequence_id
         return [StepToken(number, token, token in self._end_tokens) for token in tokens]
 
@@ -304,9 +304,9 @@ class SequenceBatch:
             return  # it has come back
         self.prefilled += sequence.cached + computed - sequence.computed
         sequence.computed = sequence.cached + computed
-        if self._kept is not None and sequence.computed in sequence.stops:
+        if sequence.computed in sequence.stops:
             sequence.stops.remove(sequence.computed)
-            self._kept.keep(self._snapshot(uid))
+            self._keep(sequence, partial(self._snapshot, uid))
 
     def _sampled(self, response: Any) -> StepToken | None:
         """What there is to tell; None: the token was known."""
@@ -328,9 +328,13 @@ class SequenceBatch:
         sequence.answer.append(token)
         if response.finish_reason is not None:
             del self._running[uid]
-            if self._kept is not None:
-                self._kept.keep(Snapshot.of(response.all_tokens, response.prompt_cache))
+            self._keep(sequence, lambda: Snapshot.of(response.all_tokens, response.prompt_cache))
         return sampled
+
+    def _keep(self, sequence: _Sequence, snapshot: Callable[[], Snapshot]) -> None:
+        """Keep what is computed of a sequence for others that begin as it does, if it may be."""
+        if self._kept is not None and sequence.spec.cache_prompt:
+            self._kept.keep(snapshot())
 
     def _snapshot(self, uid: int) -> Snapshot:
         if self._alone is not None:

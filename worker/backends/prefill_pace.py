@@ -12,6 +12,8 @@ LONGEST_STEP_S = 2.0
 #: So many tokens are computed at once in any case, and before the speed is known. The
 #: weights are read once per step: fewer tokens take hardly less time.
 FEWEST_TOKENS = 16
+#: So few tell something as long as nothing is known.
+_TELLING_TOKENS = 4
 
 
 class PrefillPace:
@@ -28,10 +30,10 @@ class PrefillPace:
 
     def measured(self, tokens: int, seconds: float) -> None:
         """A step computed ``tokens`` in so many ``seconds``."""
-        if tokens < FEWEST_TOKENS or seconds <= 0:
+        known = self._seconds_per_token
+        if tokens < (_TELLING_TOKENS if known is None else FEWEST_TOKENS) or seconds <= 0:
             return
         took = seconds / tokens
-        known = self._seconds_per_token
         # The first steps may have read the weights from disk: good news counts at once.
         # Bad news may be a hiccup, and counts by halves.
         self._seconds_per_token = took if known is None or took < known else (known + took) / 2

@@ -65,6 +65,8 @@ async def test_a_working_model_passes() -> None:
     asked, _ = await run(say("one ", "two ", "three "))
     assert len(asked) == 3
     assert all(request.validate_logits and request.ignore_eos for request in asked)
+    # The answers behind a canary must not depend on which it was.
+    assert not any(request.cache_prompt for request in asked)
     assert asked[0].sampling.temperature == 0
 
 

@@ -37,3 +37,11 @@ def test_a_few_tokens_at_the_end_of_a_prompt_say_nothing() -> None:
     pace.measured(512, 0.512)
     pace.measured(3, 0.1)
     assert pace.fitting() == 2000
+
+
+def test_while_nothing_is_known_a_few_tokens_tell_something() -> None:
+    pace = PrefillPace()
+    pace.measured(3, 0.1)
+    assert pace.fitting() == FEWEST_TOKENS
+    pace.measured(6, 0.06)
+    assert pace.fitting() == 200
