@@ -85,7 +85,8 @@ class Load(Message, frozen=True):
     ``draft_tokens`` is how many tokens are guessed ahead at most, by backends that can
     (0: none); what is sampled is the same. ``draft_path`` is a smaller model that guesses,
     for backends that can use one. ``tool_format`` names how the model writes
-    tool calls, where its chat template does not tell (None: it does).
+    tool calls, where its chat template does not tell (None: it does). An answer that goes on
+    with at most ``exact_tokens`` has them computed one a step, as they were made.
     """
 
     path: str
@@ -96,6 +97,7 @@ class Load(Message, frozen=True):
     draft_tokens: int = 0
     draft_path: str | None = None
     tool_format: str | None = None
+    exact_tokens: int = 1024
 
 
 class Generate(Message, frozen=True):

@@ -1,10 +1,10 @@
 """Kills a model's worker under a stream, and times how long its client waits for what comes next.
 
     PYTHONPATH=.:scripts .venv/bin/python scripts/recovery.py [MODEL.gguf] [--kills 20]
-        [--llama-server BINARY]
+        [--after 5] [--llama-server BINARY]
 
 Here the next thing is the stream's next token, with a spare worker and without one, the canary
-included. llama-server's router loses the stream: there it is the first token of a new one.
+included; the worker dies ``--after`` so many. llama-server's router loses the stream: there it is the first token of a new one.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--after", type=int, default=5)
     parser.add_argument("--llama-server", type=Path)
     arguments = parser.parse_args()
     model = (arguments.model or demo_model()).absolute()
@@ -46,7 +47,7 @@ def main() -> None:
             with serve(Path(home) / "home", **settings) as server:
                 server.load(MODEL, path=str(model)).raise_for_status()
                 name = "a spare worker" if spares else "no spare worker"
-                show(name, [ours(server, spares) for _ in range(arguments.kills)])
+                show(name, [ours(server, spares, arguments.after) for _ in range(arguments.kills)])
     if arguments.llama_server is not None:
         setup = Setup(model=model, threads=2, sequences=1, context=8192, pool=8192)
         router = LlamaRouter(arguments.llama_server)
@@ -56,17 +57,17 @@ def main() -> None:
             show("llama-server router", [theirs(gateway) for _ in range(arguments.kills)])
 
 
-def ours(server: Server, spares: int) -> float:
+def ours(server: Server, spares: int, after: int) -> float:
     """Seconds from the kill to the stream's next token."""
     for _ in polls():
         found = server.http.get("/admin/models").json()["spares"]
         if sum(spare["ready"] for spare in found) == spares:
             break
     time.sleep(REST_S)
-    body = _body(max_tokens=24)
+    body = _body(max_tokens=after + 24)
     with server.http.stream("POST", "/v1/chat/completions", json=body) as answer:
         tokens = _tokens(answer)
-        for _ in range(5):
+        for _ in range(after):
             next(tokens)
         killed_at = time.monotonic()
         server.kill_worker(MODEL, signal.SIGSEGV)

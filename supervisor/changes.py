@@ -21,7 +21,7 @@ LIVE = frozenset(
         *("max_sequences", "prompt_cache_bytes"),
         *("context_length", "worker_memory_limit_bytes", "resume", "max_stream_buffer_bytes"),
         # Of workers that are started afterwards.
-        *("draft_tokens", "threads"),
+        *("draft_tokens", "threads", "resume_exact_tokens"),
         *("start_timeout_s", "load_stall_s", "prefill_stall_s", "decode_stall_s"),
         *("beat_interval_s", "beat_timeout_s", "stop_grace_s", "canary_timeout_s"),
     }

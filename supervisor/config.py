@@ -224,6 +224,7 @@ def _validate(settings: Settings, source: Callable[[str], str]) -> None:
         "stream_store_max",
         "stream_store_max_bytes",
         "safe_start_after",
+        "resume_exact_tokens",
         "warm_spares",
         "download_disk_reserve_bytes",
     ):

@@ -273,6 +273,7 @@ class Generation:
                 draft_tokens=settings.draft_tokens,
                 draft_path=None if draft is None else str(draft),
                 tool_format=self._spec.tool_format,
+                exact_tokens=settings.resume_exact_tokens,
             )
         )
 

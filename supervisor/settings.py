@@ -81,6 +81,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     unload_drain_s: float = 30.0
     #: Whether an answer that a crash interrupts goes on when the model is back.
     resume: bool = True
+    #: An answer of so many tokens is computed again as it was made, one token a step, so that
+    #: the rest is exact; a longer one at once.
+    resume_exact_tokens: int = 1024
 
     #: Silence on a stream after which something is sent that shows it is alive.
     sse_keepalive_s: float = 5.0

@@ -41,10 +41,6 @@ from worker.vitals import Vitals
 #: Seconds that a step waits for a constraint when there is nothing else to do: so long
 #: may a message have to wait.
 COMPILE_WAIT_S = 0.02
-#: Of an answer that is taken up again, so many tokens are computed one a step, which takes as
-#: long as it took to make them, and makes sure that the rest is what it would have been. Of
-#: a longer one all are computed at once: nobody waits for minutes for a last digit.
-STEPWISE_TOKENS = 1024
 #: Seconds between two times that it is told how far the prompts are.
 TELL_PREFILL_S = 1.0
 
@@ -66,7 +62,12 @@ class Progress(NamedTuple):
 
 
 class Engine:
-    """All requests of one loaded model. ``vitals`` is kept up to date for the I/O thread."""
+    """All requests of one loaded model. ``vitals`` is kept up to date for the I/O thread.
+
+    Of an answer that is taken up again, ``exact_tokens`` at most are computed one a step, which
+    takes as long as it took to make them, and makes sure that the rest is what it would have
+    been. Of a longer one all are computed at once: nobody waits for minutes for a last digit.
+    """
 
     def __init__(
         self,
@@ -74,10 +75,13 @@ class Engine:
         model: Loaded,
         vitals: Vitals,
         prompts: PromptBuilder | None = None,
+        *,
+        exact_tokens: int = 1024,
     ) -> None:
         self._backend = backend
         self._prompts = prompts or PromptBuilder(backend, model)
         self._model = model
+        self._exact_tokens = exact_tokens
         self._vitals = vitals
         self._prefilled = backend.prefilled
         self._prefill_told_at = float("-inf")
@@ -134,7 +138,7 @@ class Engine:
             cache_prompt=request.cache_prompt,
             mask=mask,
             sampled=len(resumed),
-            stepwise=len(resumed) if len(resumed) <= STEPWISE_TOKENS else 0,
+            stepwise=len(resumed) if len(resumed) <= self._exact_tokens else 0,
         )
         answer = Answer(
             spec,

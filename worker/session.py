@@ -122,7 +122,7 @@ def _load(backend: Backend, request: Load, link: Link, vitals: Vitals) -> Runner
     embedder = backend.embedder
     if embedder is not None:
         return EmbeddingEngine(embedder, model, vitals, prompts)
-    return Engine(backend, model, vitals, prompts)
+    return Engine(backend, model, vitals, prompts, exact_tokens=request.exact_tokens)
 
 
 def _serve(engine: Runner, link: Link) -> int:

@@ -18,7 +18,7 @@ from tests.unit.worker.test_answer import END, answer
 from worker.answer import Answer
 from worker.backends.base import SequenceSpec, StepToken
 from worker.backends.simulated import BYTE_TOKENS, SimulatedBackend
-from worker.engine import STEPWISE_TOKENS, Engine
+from worker.engine import Engine
 from worker.vitals import Vitals
 
 PARTS = (
@@ -26,6 +26,10 @@ PARTS = (
     *('{"a": "é"}', "}", '{"name": "f"', "\n", "stop", "sto", "st", "€uro", "x", " ", "</to"),
 )
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=12).map("".join)
+
+
+#: Of an answer of more tokens, all are computed at once.
+EXACT = 20
 
 
 def resumed(made: Sequence[int], *, max_tokens: int, **options: object) -> Answer:
@@ -87,12 +91,12 @@ def test_tokens_that_end_an_answer_cannot_be_gone_on_from() -> None:
 # --- by the engine -----------------------------------------------------------------
 
 
-def make_engine(folder: Path, **script: object) -> Engine:
+def make_engine(folder: Path, *, exact_tokens: int = 1024, **script: object) -> Engine:
     path = folder / "model.sim.json"
     path.write_text(json.dumps({"tokens": ["one", " two", " three", " four"], **script}))
     backend = SimulatedBackend()
     model = backend.load(Load(path=str(path), max_sequences=2), lambda fraction: None)
-    return Engine(backend, model, Vitals())
+    return Engine(backend, model, Vitals(), exact_tokens=exact_tokens)
 
 
 def run(engine: Engine) -> tuple[list[Started], list[Delta]]:
@@ -164,7 +168,7 @@ def test_an_answer_that_cannot_go_on_is_refused_and_leaves_no_trace(
 
 
 def test_of_a_long_answer_the_tokens_are_computed_at_once(tmp_path: Path) -> None:
-    engine = make_engine(tmp_path, repeat=True, context_length=10_000)
+    engine = make_engine(tmp_path, repeat=True, context_length=10_000, exact_tokens=EXACT)
     admitted: list[SequenceSpec] = []
     backend = engine._backend
     admit = backend.admit
@@ -174,12 +178,12 @@ def test_of_a_long_answer_the_tokens_are_computed_at_once(tmp_path: Path) -> Non
         admit(spec)
 
     backend.admit = look  # type: ignore[method-assign]
-    for number, made in enumerate((STEPWISE_TOKENS, STEPWISE_TOKENS + 1), 1):
+    for number, made in enumerate((EXACT, EXACT + 1), 1):
         tokens = [BYTE_TOKENS + position % 4 for position in range(made)]
         engine.submit(Generate(number, prompt="x", max_tokens=made + 2, resume_tokens=tokens))
     _, deltas = run(engine)
     short, long = admitted
-    assert (len(short.head), len(short.steps)) == (1, STEPWISE_TOKENS)
-    assert (len(long.head), len(long.steps)) == (STEPWISE_TOKENS + 2, 0)
-    assert [spec.sampled for spec in admitted] == [STEPWISE_TOKENS, STEPWISE_TOKENS + 1]
+    assert (len(short.head), len(short.steps)) == (1, EXACT)
+    assert (len(long.head), len(long.steps)) == (EXACT + 2, 0)
+    assert [spec.sampled for spec in admitted] == [EXACT, EXACT + 1]
     assert {delta.finish for delta in deltas if delta.finish} == {FinishReason.LENGTH}
