@@ -4,7 +4,8 @@
         [--after 5] [--llama-server BINARY]
 
 Here the next thing is the stream's next token, with a spare worker and without one, the canary
-included; the worker dies ``--after`` so many. llama-server's router loses the stream: there it is the first token of a new one.
+included; the worker dies after so many tokens. llama-server's router loses the stream: there it is
+the first token of a new one.
 """
 
 from __future__ import annotations
