@@ -91,3 +91,15 @@ def test_what_has_no_break_is_tokenised_on_a_stack_that_it_fits(server: Server, 
         assert answer.status_code == 200, answer.text
     assert ask(server, "a" * 100_000, model)["error"]["code"] == "context_length_exceeded"
     assert server.model(model)["generation"] == 1
+
+
+def test_what_was_only_asked_about_is_convicted_as_well(server: Server) -> None:
+    before = server.await_state("unigram", "routable")["generation"]
+    body = {"model": "unigram", "content": "h\u00e9 only counted"}
+    first = server.http.post("/tokenize", json=body)
+    assert (first.status_code, first.json()["error"]["code"]) == (422, "request_poisoned")
+    assert server.await_state("unigram", "routable")["generation"] == before + 2
+    again = server.http.post("/tokenize", json=body)
+    assert again.status_code == 422
+    assert again.json()["error"]["incident_id"] == first.json()["error"]["incident_id"]
+    assert server.model("unigram")["generation"] == before + 2
