@@ -192,6 +192,7 @@ class Actor:
     async def ask(self, inquiry: Inquiry) -> InquiryAnswer:
         """See ``Fleet.tokenize``."""
         self._require_usable()
+        self._services.convicts.check(self.spec.model_id, inquiry)
         return await self._traffic.ask(inquiry)
 
     def _require_usable(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from protocol.errors import CodedError, ErrorCode
-from protocol.messages import Job
+from protocol.messages import Detokenize, Inquiry, Job, Tokenize
 from supervisor.incidents import Fingerprints, Incident
 
 #: For so long the same request is refused.
@@ -31,10 +31,12 @@ class Convicts:
         if incident.convicted is not None and until > time.time():
             self._terms[incident.convicted] = incident.id, until
 
-    def check(self, model_id: str, request: Job) -> None:
+    def check(self, model_id: str, request: Job | Inquiry) -> None:
         """Raise ``request_poisoned`` for a request that was convicted within ``TERM_S``."""
-        if not self._terms:
+        if not self._terms or isinstance(request, Detokenize):
             return
+        if isinstance(request, Tokenize):
+            request = request.generate
         now = time.time()
         self._terms = {name: term for name, term in self._terms.items() if term[1] > now}
         term = self._terms.get(self._fingerprints.of(model_id, request))

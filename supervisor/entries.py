@@ -66,6 +66,7 @@ class OpenInquiry:
     sent: bool = False
     runs: int = 0
     is_canary: bool = False
+    suspect: bool = False
 
     def fail(self, error: CodedError) -> None:
         if not self.answer.done():
@@ -101,12 +102,7 @@ def blamed(error: CodedError, entry: Entry) -> CodedError:
     answer got, and whether that was its own doing."""
     stream = entry.stream
     if entry.convicted:
-        error = CodedError(
-            ErrorCode.REQUEST_POISONED,
-            f"{error.message}; it was this request that crashed it, twice, the second time "
-            "alone: the same request is refused for an hour",
-            details=error.details,
-        )
+        error = poisoned(error)
     sent = stream.completion_tokens if stream.delivered else 0
     return CodedError(
         error.code,
@@ -114,6 +110,16 @@ def blamed(error: CodedError, entry: Entry) -> CodedError:
         param=error.param,
         retry_after_s=error.retry_after_s,
         details={**error.details, "tokens_sent": sent},
+    )
+
+
+def poisoned(error: CodedError) -> CodedError:
+    """What one is told who is to blame for ``error``."""
+    return CodedError(
+        ErrorCode.REQUEST_POISONED,
+        f"{error.message}; it was this request that crashed it, twice, the second time "
+        "alone: the same request is refused for an hour",
+        details=error.details,
     )
 
 

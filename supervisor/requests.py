@@ -88,7 +88,9 @@ class RequestTable:
         self._entries: dict[int, Entry] = {}
         #: Given up, and not ended yet at the worker; by id, whether that was told.
         self._given_up: dict[int, bool] = {}
-        self._inquiries = Inquiries(max_inquiries, run=self._run, call_off=self._call_off)
+        self._inquiries = Inquiries(
+            max_inquiries, run=self._run, call_off=self._call_off, when_free=self._call_next
+        )
         self._send: SendToWorker | None = None
         self._flows = False
         self._suspects = Suspects()
@@ -260,7 +262,7 @@ class RequestTable:
                 if entry.is_canary or not prepare_next_run(entry, alone):
                     self._remove(request_id)
                     entry.stream.fail(blamed(error, entry))
-        self._inquiries.park(error)
+        self._inquiries.park(error, accuse=accuse)
 
     def convict(self) -> Job | None:
         """The request, as it came, that the worker's death is to blame on, if that is certain.
@@ -268,6 +270,10 @@ class RequestTable:
         It ends with ``request_poisoned``, whatever becomes of the others. Call it between the
         death and ``park`` or ``fail_all``.
         """
+        if not self.sent():
+            return self._inquiries.convict()
+        if self._inquiries.sent():
+            return None
         entry = convict(self._entries.values())
         return None if entry is None else entry.asked
 
@@ -287,6 +293,8 @@ class RequestTable:
             if self._run(entry):
                 return
             self._refuse(entry)
+        if self._inquiries.call():
+            return
         self._flows = True
         for entry in sorted(self._entries.values(), key=lambda entry: entry.opened_at):
             if not entry.sent and not self._run(entry):
@@ -323,7 +331,8 @@ class RequestTable:
 
         A request that is lost with its worker stays, and runs on the next one.
         """
-        may_run = self._flows or entry.is_canary or entry is self._suspects.current
+        alone = (self._suspects.current, self._inquiries.current)
+        may_run = self._flows or entry.is_canary or any(entry is each for each in alone)
         if self._send is None or not may_run:
             return True
         delivery = self._send(entry.request)

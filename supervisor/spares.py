@@ -30,6 +30,9 @@ PATIENCE_S = 30.0
 #: So many that end badly in a row, and no more are made for that backend.
 MAX_FAILURES = 3
 
+#: One that is well is heard more often than every so many of its beats.
+_BEATS = 3
+
 _HELPERS_TIMEOUT_S = 2.0
 #: A generation is never of this number.
 _NUMBER = 0
@@ -61,6 +64,13 @@ class Spare:
         # It beats several times within that: one that is stopped would not read its model.
         heard = time.monotonic() - self._heard_at < self._settings.beat_timeout_s
         return self.worker.hello is not None and self._ending is None and alive and heard
+
+    @property
+    def brisk(self) -> bool:
+        """Whether it has missed no beats: of one that was stopped a moment ago, whoever takes
+        it would only find out when the load stalls, after minutes."""
+        lately = _BEATS * self._settings.beat_interval_s
+        return self.ready and time.monotonic() - self._heard_at < lately
 
     @property
     def failure(self) -> str:
@@ -159,7 +169,7 @@ class Spares:
         """A worker that waits for a model on this version of the backend, if there is one."""
         for spare in self._spares:
             hello = spare.worker.hello
-            if not (spare.ready and hello and spare.backend == backend):
+            if not (spare.brisk and hello and spare.backend == backend):
                 continue
             if hello.backend_version == version:
                 self._spares.remove(spare)

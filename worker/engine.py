@@ -8,6 +8,7 @@ with a constraint after it was compiled. Nothing here blocks for long or knows t
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -148,7 +149,12 @@ class Engine:
             prepared.parser,
             prepared.echo,
         )
-        if spec.max_tokens < 1 or not answer.replay(resumed):
+        try:
+            goes_on = spec.max_tokens >= 1 and answer.replay(resumed)
+        except Exception as error:
+            self._update_vitals()
+            return _unreadable(request.request_id, error)
+        if not goes_on:
             self._update_vitals()
             return _rejected(request, _no_resume())
         if mask is not None:
@@ -201,13 +207,20 @@ class Engine:
         for produced in tokens:
             sequence_id = produced.sequence_id
             before = deltas.get(sequence_id)
-            if before is not None and before.finish is not None:
+            answer = self._running.get(sequence_id)
+            if answer is None:
                 # Made ahead, as it turned out past the end: nobody's.
                 continue
-            answer = self._running[sequence_id]
             if not answer.begun:
                 started.append(Started(sequence_id, produced.cached_tokens))
-            delta = answer.add(produced)
+            try:
+                delta = answer.add(produced)
+            except Exception as error:
+                # The model has done nothing wrong: the other answers go on.
+                self.cancel(sequence_id)
+                deltas.pop(sequence_id, None)
+                settled.append(_unreadable(sequence_id, error))
+                continue
             if delta.finish is not None:
                 if answer.stops.stopped and answer.sampled < answer.limit:
                     self._backend.cancel(sequence_id)
@@ -284,6 +297,13 @@ class Engine:
 
 def _rejected(request: Job, error: CodedError) -> Rejected:
     return Rejected(request.request_id, error.code, error.message, error.param)
+
+
+def _unreadable(request_id: int, error: Exception) -> Rejected:
+    """What becomes of an answer that a parser fails at."""
+    traceback.print_exception(error)
+    reason = f"the answer cannot be read: {type(error).__name__}: {error}"
+    return Rejected(request_id, ErrorCode.INTERNAL_ERROR, reason)
 
 
 def _no_resume() -> CodedError:

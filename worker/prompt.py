@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -94,7 +96,11 @@ class PromptBuilder:
         )
 
     def prepare(self, request: Generate) -> Prepared:
-        """Raises ``CodedError`` with the parameter at fault."""
+        """Raises ``CodedError`` with the parameter at fault, and nothing else."""
+        with _contained(_param(request)):
+            return self._prepare(request)
+
+    def _prepare(self, request: Generate) -> Prepared:
         param = _param(request)
         prepared = self._render(request, self._model.context_length)
         if not prepared.tokens:
@@ -106,12 +112,14 @@ class PromptBuilder:
         return prepared
 
     def answer(self, inquiry: Inquiry) -> InquiryAnswer:
-        """Raises ``CodedError`` with the parameter at fault."""
+        """Raises ``CodedError`` with the parameter at fault, and nothing else."""
         match inquiry:
             case Tokenize():
-                return self._tokenize(inquiry)
+                with _contained(_param(inquiry.generate)):
+                    return self._tokenize(inquiry)
             case Detokenize():
-                return self._detokenize(inquiry)
+                with _contained("tokens"):
+                    return self._detokenize(inquiry)
 
     def _tokenize(self, inquiry: Tokenize) -> Tokenized:
         request = inquiry.generate
@@ -225,6 +233,26 @@ class PromptBuilder:
                     f"token id {token} is outside the vocabulary of {size} tokens",
                     param=param,
                 )
+
+
+@contextmanager
+def _contained(param: str) -> Iterator[None]:
+    """Whatever goes wrong with a text is its request's business: the model has not seen it."""
+    try:
+        yield
+    except (CodedError, KeyboardInterrupt, SystemExit):
+        raise
+    except RecursionError as error:
+        raise CodedError(
+            ErrorCode.INVALID_VALUE, "the request is nested too deeply", param=param
+        ) from error
+    except BaseException as error:  # a panic of a tokeniser is no Exception
+        traceback.print_exc()
+        raise CodedError(
+            ErrorCode.INTERNAL_ERROR,
+            f"the prompt cannot be prepared: {type(error).__name__}: {error}",
+            param=param,
+        ) from error
 
 
 def _param(request: Generate) -> str:

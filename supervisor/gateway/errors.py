@@ -178,4 +178,7 @@ def coded(error: Exception) -> CodedError:
     """Give any exception a code. What it says stays inside unless it was coded."""
     if isinstance(error, CodedError):
         return error
+    if isinstance(error, RecursionError):
+        # Of what is nested, some is read with the body and the rest where it is passed on.
+        return CodedError(ErrorCode.INVALID_JSON, "the body is nested too deeply")
     return CodedError(ErrorCode.INTERNAL_ERROR, "internal error; the server's log has the details")

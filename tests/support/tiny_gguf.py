@@ -1,6 +1,6 @@
 """Writes a random GGUF model of about a million parameters, in well under a second."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,7 @@ def write_tiny_gguf(
     flaw: Flaw = "none",
     pooling: Literal["mean", "last", "rank"] | None = None,
     tensors_per_part: int = 0,
+    tokenizer: Callable[[gguf.GGUFWriter, TinyVocab], None] | None = None,
 ) -> Path:
     """Write a GGUF with llama's tensors to `path`, and return it.
 
@@ -60,6 +61,7 @@ def write_tiny_gguf(
     the template out. `extra_embedding_rows` makes the embedding disagree with
     the vocabulary, which llama.cpp refuses to load. With a `pooling` it is no
     generator: each text becomes one vector, or with "rank" a score, as qwen3 has it.
+    A `tokenizer` adds the metadata of another one than the shared.
     With `tensors_per_part` the model is split, and the first part's path returned.
     """
     shape = Shape(hidden=hidden, layers=layers, context_length=context_length)
@@ -69,7 +71,7 @@ def write_tiny_gguf(
     _add_shape(writer, shape, vocab)
     if pooling is not None:
         writer.add_pooling_type(gguf.PoolingType[pooling.upper()])
-    add_tokenizer(writer, vocab)
+    (tokenizer or add_tokenizer)(writer, vocab)
     if pooling == "rank":
         chat_template = None
         writer.add_string("tokenizer.chat_template.rerank", RERANK_TEMPLATE)
@@ -115,12 +117,12 @@ def _add_shape(writer: gguf.GGUFWriter, shape: Shape, vocab: TinyVocab) -> None:
     writer.add_rope_freq_base(shape.rope_base)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, vocab: TinyVocab) -> None:
-    """Add the metadata of the shared tokenizer."""
+def add_tokenizer(writer: gguf.GGUFWriter, vocab: TinyVocab, pre: str = "gpt-2") -> None:
+    """Add the metadata of the shared tokenizer, `pre` its way of splitting text."""
     kinds = dict.fromkeys(CONTROL_TOKENS, gguf.TokenType.CONTROL)
     kinds |= dict.fromkeys(MARKER_TOKENS, gguf.TokenType.USER_DEFINED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocab.tokens)
     writer.add_token_types([kinds.get(token, gguf.TokenType.NORMAL) for token in vocab.tokens])
     writer.add_token_merges([" ".join(pair) for pair in vocab.merges])

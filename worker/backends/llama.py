@@ -17,6 +17,9 @@ from typing import Any
 # hold each other up: on two cores 400 ms a token each with 20,000 spins, 40 with 1,000,
 # 23 with 300. A model alone takes 9 ms with any of these, but 11 with 100.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
+# Or the library, dying, has gdb look at it where there is one: for seconds, in which
+# nobody's answer goes on. Where it was in Python is told all the same.
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 import llama_cpp
 

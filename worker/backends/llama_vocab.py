@@ -10,8 +10,14 @@ from typing import Any
 import llama_cpp
 
 from worker.backends.base import PromptRefused, TokenTable, is_mark
+from worker.backends.llama_text import Alphabet, with_stack_for
 
 _NO_TOKEN = -1  # LLAMA_TOKEN_NULL
+_BPE = llama_cpp.LLAMA_VOCAB_TYPE_BPE
+_SENTENCE_PIECE = llama_cpp.LLAMA_VOCAB_TYPE_SPM
+_BYTE = llama_cpp.LLAMA_TOKEN_ATTR_BYTE
+_CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL
+_USER_DEFINED = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 
 
 class Vocabulary:
@@ -31,6 +37,8 @@ class Vocabulary:
         self.suppressed_tokens = self._read_suppressed()
         self._bos = llama_cpp.llama_vocab_bos(vocab)
         self._add_bos = llama_cpp.llama_vocab_get_add_bos(vocab) and self._bos != _NO_TOKEN
+        self._is_split_first = llama_cpp.llama_vocab_type(vocab) == _BPE
+        self._alphabet = self._read_alphabet()
         self.bos_text = self._text(self._bos)
         self.eos_text = self._text(llama_cpp.llama_vocab_eos(vocab))
 
@@ -101,7 +109,9 @@ class Vocabulary:
             pieces=[self._read_piece(token) for token in range(self.size)],
             special={token: text for token in range(self.size) if (text := self._mark(token))},
             end_tokens=self.end_tokens,
-            encode=lambda text: self._tokenize(text.encode(), parse_special=False) or [],
+            encode=lambda text: self._encode(
+                text, param="response_format", add_special=False, parse_special=False
+            ),
         )
 
     def _encode(
@@ -111,14 +121,23 @@ class Vocabulary:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise PromptRefused(f"the text is not valid Unicode: {error}", param=param) from error
-        encoded = self._tokenize(data, parse_special=parse_special, add_special=add_special)
+        if self._alphabet is not None:
+            self._alphabet.check(text, parse_special=parse_special, param=param)
+
+        def tokenize() -> list[int] | None:
+            return self._tokenize(data, parse_special=parse_special, add_special=add_special)
+
+        if self._is_split_first:
+            encoded = with_stack_for(text, tokenize, param=param)
+        else:
+            encoded = tokenize()
         if encoded is None:
             raise PromptRefused("the text cannot be tokenised", param=param)
+        if _NO_TOKEN in encoded:
+            raise PromptRefused("the model has no token for a part of the text", param=param)
         return encoded
 
-    def _tokenize(
-        self, data: bytes, *, parse_special: bool, add_special: bool = False
-    ) -> list[int] | None:
+    def _tokenize(self, data: bytes, *, parse_special: bool, add_special: bool) -> list[int] | None:
         capacity = len(data) + 8
         tokens = (llama_cpp.llama_token * capacity)()
         count = llama_cpp.llama_tokenize(
@@ -129,9 +148,9 @@ class Vocabulary:
     def _mark(self, token: int) -> str:
         """The name of a special token, nothing for others."""
         attributes = llama_cpp.llama_vocab_get_attr(self._vocab, token)
-        if attributes & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL:
+        if attributes & _CONTROL:
             return self._text(token)
-        if attributes & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED:
+        if attributes & _USER_DEFINED:
             text = self._text(token)
             return text if is_mark(text) else ""
         return ""
@@ -150,6 +169,24 @@ class Vocabulary:
             return ""
         text: bytes = llama_cpp.llama_vocab_get_text(self._vocab, token)
         return text.decode(errors="replace")
+
+    def _read_alphabet(self) -> Alphabet | None:
+        """What can be written, where that is not everything."""
+        if llama_cpp.llama_vocab_type(self._vocab) != _SENTENCE_PIECE:
+            return None
+        kinds: dict[int, list[int]] = {_BYTE: [], _CONTROL: [], _USER_DEFINED: []}
+        for token in range(self.size):
+            attributes = llama_cpp.llama_vocab_get_attr(self._vocab, token)
+            for kind, tokens in kinds.items():
+                if attributes & kind:
+                    tokens.append(token)
+            if len(kinds[_BYTE]) == 256:
+                return None
+        return Alphabet(
+            map(self._text, range(self.size)),
+            special=map(self._text, kinds[_USER_DEFINED]),
+            control=map(self._text, kinds[_CONTROL]),
+        )
 
     def _choose_end(self, eos: int) -> int:
         return eos if eos in self.end_tokens else min(self.end_tokens, default=0)

@@ -87,3 +87,11 @@ def test_calls_and_results_are_spelt_out() -> None:
         ),
         ChatMessage("user", "<tool_response>\n2\n</tool_response>"),
     ]
+
+
+def test_arguments_that_are_nested_without_end_stay_text() -> None:
+    deep = "[" * 100_000
+    chat = Conversation([ChatMessage("assistant", "", tool_calls=[ToolCall("1", "f", deep)])])
+    [message] = chat.variables()["messages"]
+    assert message["tool_calls"][0]["function"]["arguments"] == deep
+    assert deep in spell_out_tools(chat).messages[0].content

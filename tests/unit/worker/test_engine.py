@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from protocol.messages import (
     Sampling,
     Started,
 )
-from worker.backends.base import SequenceSpec, StepToken, TokenMask, TokenTable
-from worker.backends.simulated import SimulatedBackend
+from worker.backends.base import Detokenizer, SequenceSpec, StepToken, TokenMask, TokenTable
+from worker.backends.simulated import BYTE_TOKENS, SimulatedBackend
 from worker.engine import TELL_PREFILL_S, Engine
 from worker.vitals import Vitals
 
@@ -471,3 +471,45 @@ def test_a_cancellation_in_vain_is_progress_all_the_same(tmp_path: Path) -> None
     before = rig.vitals.beat().progress
     assert rig.engine.cancel(7) is None
     assert rig.vitals.beat().progress > before
+
+
+class Stumbling(SimulatedBackend):
+    """Its detokenisers fail at ``at``."""
+
+    at = "bad"
+
+    def new_detokenizer(self, markers: Collection[str] = ()) -> Detokenizer:
+        inner = super().new_detokenizer(markers)
+        add = inner.add
+
+        def stumble(token: int) -> str:
+            if (text := add(token)) == self.at:
+                raise RecursionError("too deep")
+            return text
+
+        inner.add = stumble  # type: ignore[method-assign]
+        return inner
+
+
+def test_an_answer_that_cannot_be_read_ends_alone(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, Stumbling(), max_sequences=2, tokens=["a", "bad", "c"])
+    for number, tokens in ((1, 5), (2, 1)):
+        assert isinstance(
+            rig.engine.submit(Generate(number, prompt="x", max_tokens=tokens)), Accepted
+        )
+    settled: list[Accepted | Rejected] = []
+    finishes: dict[int, FinishReason | None] = {}
+    while not rig.engine.idle:
+        progress = rig.engine.step()
+        settled += progress.settled
+        finishes |= {delta.request_id: delta.finish for delta in progress.deltas}
+    [rejected] = settled
+    assert isinstance(rejected, Rejected)
+    assert (rejected.request_id, rejected.code) == (1, ErrorCode.INTERNAL_ERROR)
+    assert "too deep" in rejected.message
+    assert finishes == {1: None, 2: FinishReason.LENGTH}
+    assert rig.vitals.in_hand == 0
+    # Nor does it take the worker down when it is taken up again.
+    again = rig.engine.submit(Generate(3, prompt="x", resume_tokens=[BYTE_TOKENS, BYTE_TOKENS + 1]))
+    assert isinstance(again, Rejected)
+    assert rig.engine.idle

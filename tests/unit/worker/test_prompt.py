@@ -161,3 +161,30 @@ def test_answers_to_inquiries_are_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     assert prompts.answer(counted) == Tokenized(1, 4)
     with pytest.raises(CodedError, match="4 bytes; at most 3"):
         prompts.answer(Detokenize(1, list(b"abcd")))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RecursionError(), ErrorCode.INVALID_VALUE, "nested too deeply"),
+        (MemoryError("no"), ErrorCode.INTERNAL_ERROR, "MemoryError: no"),
+        (BaseException("a panic"), ErrorCode.INTERNAL_ERROR, "BaseException: a panic"),
+    ],
+)
+def test_what_goes_wrong_with_a_text_is_its_requests_business(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: ErrorCode,
+    message: str,
+) -> None:
+    prompts = builder(tmp_path)
+
+    def fail(*_: object, **__: object) -> list[int]:
+        raise error
+
+    monkeypatch.setattr(SimulatedBackend, "encode_text", fail)
+    for ask in (prompts.prepare, lambda generate: prompts.answer(Tokenize(1, generate))):
+        with pytest.raises(CodedError, match=message) as refusal:
+            ask(Generate(1, prompt="hi"))
+        assert (refusal.value.code, refusal.value.param) == (code, "prompt")

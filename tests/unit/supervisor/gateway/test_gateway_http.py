@@ -220,6 +220,15 @@ async def test_a_bug_does_not_leak(
     assert "r1" in caplog.text
 
 
+async def test_what_is_nested_too_deeply_to_be_passed_on_is_the_clients_error(
+    client: httpx.AsyncClient, fleet: FakeFleet
+) -> None:
+    fleet.bug = RecursionError("in the encoder")
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    answer = await client.post(CHAT, json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
 async def test_a_client_that_leaves_while_it_sends_is_nobodys_error(
     app: ASGIApp, metrics: Metrics, fleet: FakeFleet
 ) -> None:
