@@ -126,6 +126,10 @@ class Fleet:
 
     # --- requests ---
 
+    def must_prepare(self, model_id: str) -> bool:
+        """Whether a request for the model has to wait for ``prepare``."""
+        return self._loads.wanted(model_id)
+
     async def prepare(self, model_id: str, options: Mapping[str, Any] = NO_OPTIONS) -> None:
         """With ``load_on_demand``, begin to load a model that is on disk and not loaded.
 
