@@ -72,7 +72,13 @@ class Fleet:
         )
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
-        self._spares = Spares(services, in_use=self._backends_in_use, calm=self._is_calm)
+        self._spares = Spares(
+            services,
+            in_use=self._backends_in_use,
+            calm=self._is_calm,
+            has_room=lambda backend: self._room.has_room_for_spare(backend),
+            installed=lambda: self._gate.installed(),
+        )
         self._room = MemoryRoom(self._actors, services, self._spares)
         self._prober = Prober(lambda: self._gate, services, reserve=self._room.hold)
         self._room.trials = self._prober.trials
@@ -249,6 +255,7 @@ class Fleet:
             interval_s=settings.memory_interval_s,
             low_water=settings.memory_low_water_bytes,
             trials=self._prober.trials,
+            spares=self._spares,
         )
         idle = IdleWatch(self._actors, lambda: self._services.settings.keep_alive_sec)
         self._tasks = [
