@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,13 @@ class Fleet:
         if model_id not in self._actors and self._resting.view(model_id) is not None:
             return  # Nothing runs, and the quarantine stays.
         actor = self._actor(model_id)
-        self._loads.forget(model_id)
-        await actor.drain(self._services.settings.unload_drain_s if drain_s is None else drain_s)
+        known = self._loads.forget(model_id)
+        drain_s = self._services.settings.unload_drain_s if drain_s is None else drain_s
+        try:
+            await actor.drain(drain_s)
+        except BaseException:
+            self._loads.remember(model_id, known)
+            raise
         if actor.tracked:
             actor.unload()
         await actor.left()
@@ -278,20 +284,19 @@ class Fleet:
     async def _stop(self) -> None:
         for task in self._tasks:
             task.cancel()
+        actors = list(self._actors.values())
+        # Whatever fails, the workers that are left have to go.
+        steps = [("downloads", self.downloads.stop)]
+        steps += [(actor.spec.model_id, partial(_unload, actor)) for actor in actors]
+        steps += [("probe", self._prober.stop), ("spare workers", self._spares.drop)]
+        steps += [(actor.spec.model_id, partial(_end, actor)) for actor in actors]
         try:
-            await self.downloads.stop()
-            for actor in list(self._actors.values()):
-                actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-            await self._prober.stop()
-            await self._spares.drop()
-            for actor in list(self._actors.values()):
-                await actor.left()
-                await actor.close()
-            if self._janitor is not None:
+            went_well = [await _tried(name, step) for name, step in steps]
+            if self._janitor is not None and all(went_well):
                 self._janitor.dismiss()
-            await self._services.flush()
-            await self._configured.went_well()
         finally:
+            await _tried("state", self._services.flush)
+            await _tried("count of starts", self._configured.went_well)
             self._services.close()
 
     def _backends_in_use(self) -> set[str]:
@@ -318,3 +323,29 @@ class Fleet:
         raise CodedError(
             ErrorCode.MODEL_NOT_FOUND, f"model {model_id!r} is not loaded", param="model"
         )
+
+
+async def _unload(actor: Actor) -> None:
+    if actor.tracked:
+        actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+
+
+async def _end(actor: Actor) -> None:
+    await actor.left()
+    await actor.close()
+
+
+async def _tried(name: str, step: Callable[[], Awaitable[None]]) -> bool:
+    """Take one step of the stop. Whether it went well; what did not is logged."""
+    try:
+        await step()
+    except Exception:
+        log.exception("while stopping: %s", name)
+        return False
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Not this, but something that it has waited for.
+        return False
+    return True

@@ -69,9 +69,14 @@ class Loads:
         if not self._waiting[model_id]:
             del self._waiting[model_id]
 
-    def forget(self, model_id: str) -> None:
-        """How it was loaded does not matter any more: an operator wants it gone."""
-        self._last.pop(model_id, None)
+    def forget(self, model_id: str) -> LoadSpec | None:
+        """How it was loaded, which does not matter any more: an operator wants it gone."""
+        return self._last.pop(model_id, None)
+
+    def remember(self, model_id: str, spec: LoadSpec | None) -> None:
+        """The operator does not, after all."""
+        if spec is not None:
+            self._last.setdefault(model_id, spec)
 
     def close(self) -> None:
         """From now on nothing is loaded: who waits gets ``server_shutting_down``."""
