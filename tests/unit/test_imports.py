@@ -66,6 +66,7 @@ LEAVES_MAY_IMPORT = {
     "accounts": {"jsonfile", "quarantine"},
     "blocklist": {"admission"},
     "process": {"marks", "quarantine"},
+    "footprint": {"cgroup_memory"},
     "geometry": {"gguf"},
     "traits": {"geometry"},
     "gguf_model": {"geometry", "gguf", "traits"},
