@@ -11,7 +11,7 @@ from starlette.responses import Response
 from protocol.errors import CodedError
 from supervisor.gate import LoadSpec
 from supervisor.gateway.body import read_json
-from supervisor.gateway.downloads import load_from_hub
+from supervisor.gateway.downloads import load_from_hub, plan_from_hub
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import invalid, json_response
 from supervisor.gateway.openai.models import is_routable
@@ -74,18 +74,21 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
         draft_model=request.draft_model,
         pinned=bool(request.pinned),
     )
-    if request.dry_run:
+
+    async def plan(spec: LoadSpec) -> Response:
         return json_response(await load_by_name(gateway, spec, gateway.fleet.plan))
 
     async def load(spec: LoadSpec) -> Response:
         return await _load(gateway, call, spec, wait=request.wait is not False)
 
     try:
-        return await load(spec)
+        return await (plan if request.dry_run else load)(spec)
     except CodedError as refusal:
         # The hub knows nothing of our names, and may have something else under one.
         if (named := only_model(gateway, spec)) is None:
             raise
+        if request.dry_run:
+            return await plan_from_hub(gateway, refusal, named, plan)
         return await load_from_hub(
             gateway, refusal, named, load, consent=bool(request.auto_download), wait=request.wait
         )

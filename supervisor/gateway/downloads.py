@@ -73,6 +73,26 @@ async def load_from_hub(
     return json_response(_begun(found), status=202)
 
 
+async def plan_from_hub(
+    gateway: Gateway,
+    refusal: CodedError,
+    spec: LoadSpec,
+    plan: Callable[[LoadSpec], Awaitable[Response]],
+) -> Response:
+    """What ``load_from_hub`` would answer, without a token; nothing begins."""
+    downloads = gateway.fleet.downloads
+    found = await downloads.preview(refusal, spec)
+    if isinstance(found, LoadSpec):
+        try:
+            return await plan(found)
+        except CodedError as again:
+            found = await downloads.preview(again, found)
+    if isinstance(found, Operation):
+        return json_response(_begun(found), status=202)
+    assert isinstance(found, Asked)
+    return json_response(_estimate(found), status=202)
+
+
 async def confirm_load(gateway: Gateway, call: Call) -> Response:
     request = await read_json(call, _confirm_decoder, gateway.settings)
     operation = await gateway.fleet.downloads.confirm(request.confirmation_token)
@@ -128,20 +148,29 @@ async def delete_model(gateway: Gateway, call: Call) -> Response:
 
 
 def _question(asked: Asked) -> dict[str, object]:
+    model_id = asked.plan.model_id
+    return {
+        **_estimate(asked),
+        "message": f"{model_id} is not on this machine: confirm to download it",
+        "confirmation_token": asked.token,
+        "expires_in_s": asked.lifetime_s,
+        "confirm_url": CONFIRM,
+        "progress_url": PROGRESS.format(id=operation_id(model_id)),
+    }
+
+
+def _estimate(asked: Asked) -> dict[str, object]:
     plan = asked.plan
     return {
         "success": False,
         "status": "download_required",
         "model_id": plan.model_id,
-        "message": f"{plan.model_id} is not on this machine: confirm to download it",
-        "confirmation_token": asked.token,
-        "expires_in_s": asked.lifetime_s,
+        "message": f"{plan.model_id} is not on this machine: a load would ask to download it; "
+        "how much memory it needs is known when its files are here",
         "estimated_size_bytes": plan.missing_bytes,
         "total_size_bytes": plan.total_bytes,
         "free_disk_bytes": asked.free_bytes,
         "files": [{"name": file.name, "size_bytes": file.size} for file in plan.files],
-        "confirm_url": CONFIRM,
-        "progress_url": PROGRESS.format(id=operation_id(plan.model_id)),
     }
 
 

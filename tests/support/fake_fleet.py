@@ -122,6 +122,9 @@ class NoDownloads(Downloads):
     ) -> LoadSpec | Operation | Asked:
         raise refusal
 
+    async def preview(self, refusal: CodedError, spec: LoadSpec) -> LoadSpec | Operation | Asked:
+        raise refusal
+
 
 @dataclass
 class FakeRecords(Records):
