@@ -21,6 +21,8 @@ from supervisor.gateway.errors import json_response
 CONFIRM = "/admin/models/load/confirm"
 PROGRESS = "/admin/models/download/{id}/progress"
 
+#: Of a question, what it takes to say yes.
+_TO_CONFIRM = frozenset({"confirmation_token", "expires_in_s", "confirm_url", "progress_url"})
 #: Between two events of one stream.
 _EVENT_INTERVAL_S = 0.25
 
@@ -148,30 +150,31 @@ async def delete_model(gateway: Gateway, call: Call) -> Response:
 
 
 def _question(asked: Asked) -> dict[str, object]:
-    model_id = asked.plan.model_id
-    return {
-        **_estimate(asked),
-        "message": f"{model_id} is not on this machine: confirm to download it",
-        "confirmation_token": asked.token,
-        "expires_in_s": asked.lifetime_s,
-        "confirm_url": CONFIRM,
-        "progress_url": PROGRESS.format(id=operation_id(model_id)),
-    }
-
-
-def _estimate(asked: Asked) -> dict[str, object]:
     plan = asked.plan
     return {
         "success": False,
         "status": "download_required",
         "model_id": plan.model_id,
-        "message": f"{plan.model_id} is not on this machine: a load would ask to download it; "
-        "how much memory it needs is known when its files are here",
+        "message": f"{plan.model_id} is not on this machine: confirm to download it",
+        "confirmation_token": asked.token,
+        "expires_in_s": asked.lifetime_s,
         "estimated_size_bytes": plan.missing_bytes,
         "total_size_bytes": plan.total_bytes,
         "free_disk_bytes": asked.free_bytes,
         "files": [{"name": file.name, "size_bytes": file.size} for file in plan.files],
+        "confirm_url": CONFIRM,
+        "progress_url": PROGRESS.format(id=operation_id(plan.model_id)),
     }
+
+
+def _estimate(asked: Asked) -> dict[str, object]:
+    """The question as far as nobody is asked."""
+    told = {name: value for name, value in _question(asked).items() if name not in _TO_CONFIRM}
+    message = (
+        f"{asked.plan.model_id} is not on this machine: a load would ask to download it; "
+        "how much memory it needs is known when its files are here"
+    )
+    return {**told, "message": message}
 
 
 def _begun(operation: Operation) -> dict[str, object]:
