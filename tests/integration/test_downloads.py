@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,13 @@ def test_a_dry_run_of_what_is_not_here_asks_nothing_and_begins_nothing(
     assert not {"confirmation_token", "confirm_url", "progress_url", "expires_in_s"} & set(told)
     assert server.http.get("/admin/models/downloads").json()["count"] == before
     assert hub.bytes_of("m-Q8_0.gguf") == 0
+    command = [sys.executable, "-m", "supervisor.cli", "load", "org/many:q8_0", "--dry-run"]
+    done = subprocess.run(
+        [*command, "--url", server.url], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert "a load would ask to download it" in done.stdout
+    assert "would be downloaded" in done.stdout
     # What a load would be refused with is the answer here, too.
     for model in ("org/gated", "org/nobody", "org/many", "nobody"):
         refused = server.load(model, dry_run=True)
