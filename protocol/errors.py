@@ -20,6 +20,7 @@ class ErrorCode(StrEnum):
 
     # The state of a model.
     MODEL_NOT_FOUND = "model_not_found"
+    MODEL_AMBIGUOUS = "model_ambiguous"
     MODEL_NOT_READY = "model_not_ready"
     MODEL_UNSTABLE = "model_unstable"
     MODEL_CRASHED = "model_crashed"

@@ -105,12 +105,17 @@ class Actor:
         self, code: ErrorCode = ErrorCode.MODEL_UNLOADED, reason: str = "it was unloaded"
     ) -> None:
         """Ask for the end, and tell those who wait why; see ``changed``."""
-        self._traffic.draining = False
+        self._traffic.end_drain()
         self._apply_or_conflict(lifecycle.UnloadRequested(code, reason))
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests until ``unload``, and wait for the end of those that run."""
-        await self._traffic.drain(timeout_s, self._is_routable)
+        try:
+            await self._traffic.drain(timeout_s, self._is_routable)
+        except BaseException:
+            # It is not leaving after all: who waits for that looks again.
+            self._wake()
+            raise
 
     def abandon(self) -> None:
         """End the task of a model whose worker is gone, without another transition."""
@@ -139,6 +144,10 @@ class Actor:
     async def changed(self) -> None:
         """Wait for the next transition."""
         await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def left(self) -> None:
         """Wait for the end of a worker that is being brought down, if it is, and stays so."""
@@ -332,8 +341,7 @@ class Actor:
         after = self._state
         if after is not before:
             status.log_transition(self.spec.model_id, before, after)
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._wake()
         if after is None:
             self._on_untracked()
 

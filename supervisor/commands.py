@@ -129,16 +129,18 @@ def load(
     with _connected(url, admin_key=admin_key) as client:
         try:
             result = client.admin("POST", "/admin/models/load", body)
-            if result.get("status") == "download_required":
+            if result.get("status") == "download_required" and not dry_run:
                 from supervisor.pull import load_after_question
 
                 result = load_after_question(client, result, yes=yes, wait=wait)
         except KeyboardInterrupt:
             typer.echo("not waiting any more; the load goes on: see opta-lmx ps", err=True)
             raise typer.Exit(130) from None
-    if dry_run:
+    if dry_run and "message" in result:
         typer.echo(plain(result["message"]))
-        raise typer.Exit(0 if result["fits"] else 1)
+        if "estimated_size_bytes" in result:
+            typer.echo(f"{size_text(result['estimated_size_bytes'])} would be downloaded")
+        raise typer.Exit(0 if result.get("fits") else 1)
     if result.get("status") == "downloading":
         typer.echo(f"{result['model_id']} is being downloaded")
         return

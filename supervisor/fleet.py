@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Detokenize, Detokenized, Job, Tokenize, Tokenized
@@ -19,9 +16,9 @@ from supervisor.actor import Actor
 from supervisor.admission import BlockRule
 from supervisor.autoload import Autoload, ReportAutoload
 from supervisor.downloads.downloads import Downloads
-from supervisor.gate import NO_OPTIONS, Gate, LoadSpec, ModelSpec
+from supervisor.gate import NO_OPTIONS, Gate, LoadSpec
 from supervisor.idle_watch import IdleWatch
-from supervisor.ids import complaint_about_id
+from supervisor.loads import Loads
 from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
 from supervisor.memory_room import MemoryRoom, Preview
 from supervisor.memory_watch import MemoryWatch
@@ -76,14 +73,24 @@ class Fleet:
         )
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
-        self._spares = Spares(services, in_use=self._backends_in_use, calm=self._is_calm)
+        self._spares = Spares(
+            services,
+            in_use=self._backends_in_use,
+            calm=self._is_calm,
+            has_room=lambda backend: self._room.has_room_for_spare(backend),
+            installed=lambda: self._gate.installed(),
+        )
         self._room = MemoryRoom(self._actors, services, self._spares)
         self._prober = Prober(lambda: self._gate, services, reserve=self._room.hold)
         self._room.trials = self._prober.trials
-        #: How what is loaded, or was until it was idle, was asked for.
-        self._last_loads: dict[str, LoadSpec] = {}
-        #: Ids whose loads are being looked at, with their number.
-        self._at_gate: Counter[str] = Counter()
+        self._loads = Loads(
+            self._actors,
+            services,
+            lambda: self._gate,
+            room=self._room,
+            spares=self._spares,
+            resting=self._resting,
+        )
         #: What goes on by itself until the end.
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping: asyncio.Task[None] | None = None
@@ -126,42 +133,17 @@ class Fleet:
 
     # --- requests ---
 
+    def must_prepare(self, model_id: str) -> bool:
+        """Whether a request for the model has to wait for ``prepare``."""
+        return self._loads.wanted(model_id)
+
     async def prepare(self, model_id: str, options: Mapping[str, Any] = NO_OPTIONS) -> None:
         """With ``load_on_demand``, begin to load a model that is on disk and not loaded.
 
         ``options`` are fields of the ``LoadSpec``. Raises as a load does, but for an id that
         nothing is known of: ``submit`` does. Absolute paths are for operators only.
         """
-        actor = self._actors.get(model_id)
-        if (
-            not self._services.settings.load_on_demand
-            or (actor is not None and not actor.leaving)
-            or self._resting.view(model_id) is not None
-            or Path(model_id).is_absolute()
-        ):
-            return
-        if self._at_gate[model_id] >= self._services.settings.max_queue:
-            raise CodedError(
-                ErrorCode.RATE_LIMIT_EXCEEDED,
-                f"{self._at_gate[model_id]} requests wait for model {model_id!r} to be loaded",
-                retry_after_s=1.0,
-            )
-        # As it was loaded before, but for what an operator has to say each time.
-        known = self._last_loads.get(model_id, LoadSpec(model_id=model_id))
-        known = msgspec.structs.replace(known, allow_unsupported_runtime=False, may_evict=True)
-        spec = msgspec.structs.replace(known, **options)
-        if complaint_about_id(model_id) or self._gate.id_of(spec) != model_id:
-            return
-        try:
-            if model_id not in self._last_loads:
-                path = await self._gate.locate(spec)
-                if any(other.spec.files.path == path for other in self._actors.values()):
-                    return  # by another name it is loaded already
-            await self._admit(spec)
-        except CodedError as error:
-            # A conflict: somebody else's load with other options was quicker, and will do.
-            if error.code not in (ErrorCode.MODEL_NOT_FOUND, ErrorCode.MODEL_CONFLICT):
-                raise
+        await self._loads.prepare(model_id, options)
 
     def submit(
         self, model_id: str, request: Job, *, streaming: bool, resume: bool = True
@@ -196,12 +178,12 @@ class Fleet:
 
     async def start_load(self, spec: LoadSpec) -> ModelView:
         """Accept a load and return at once (HTTP 202). Raises ``CodedError``."""
-        return (await self._admit(spec)).view()
+        return (await self._loads.admit(spec)).view()
 
     async def load(self, spec: LoadSpec) -> LoadResult:
         """Load and wait until routable. Raises ``CodedError`` with how it ended."""
         started = time.monotonic()
-        actor = await self._admit(spec)
+        actor = await self._loads.admit(spec)
         readiness = await actor.routable()
         return LoadResult(
             success=True,
@@ -224,8 +206,13 @@ class Fleet:
         if model_id not in self._actors and self._resting.view(model_id) is not None:
             return  # Nothing runs, and the quarantine stays.
         actor = self._actor(model_id)
-        self._last_loads.pop(model_id, None)
-        await actor.drain(self._services.settings.unload_drain_s if drain_s is None else drain_s)
+        known = self._loads.forget(model_id)
+        drain_s = self._services.settings.unload_drain_s if drain_s is None else drain_s
+        try:
+            await actor.drain(drain_s)
+        except BaseException:
+            self._loads.remember(model_id, known)
+            raise
         if actor.tracked:
             actor.unload()
         await actor.left()
@@ -265,8 +252,8 @@ class Fleet:
     async def start(self) -> None:
         """Begin loading the configured models, one after the other, in the background."""
         self._janitor = Janitor(self._services.server_mark)
-        self._at_gate.update(spec.model_id for spec in self._gate.configured)
-        autoload = self._configured.run(self.load, self._leave_gate, self._on_autoload)
+        self._loads.announce(spec.model_id for spec in self._gate.configured)
+        autoload = self._configured.run(self.load, self._loads.leave, self._on_autoload)
         settings = self._services.settings
         watch = MemoryWatch(
             self._actors,
@@ -274,6 +261,7 @@ class Fleet:
             interval_s=settings.memory_interval_s,
             low_water=settings.memory_low_water_bytes,
             trials=self._prober.trials,
+            spares=self._spares,
         )
         idle = IdleWatch(self._actors, lambda: self._services.settings.keep_alive_sec)
         self._tasks = [
@@ -287,6 +275,7 @@ class Fleet:
         """Stop every worker; answers everyone who waits. Every call waits for the end,
         and cancelling one does not call the stop off."""
         if self._stopping is None:
+            self._loads.close()
             self._stopping = asyncio.create_task(self._stop(), name="stop fleet")
         await asyncio.shield(self._stopping)
 
@@ -295,20 +284,19 @@ class Fleet:
     async def _stop(self) -> None:
         for task in self._tasks:
             task.cancel()
+        actors = list(self._actors.values())
+        # Whatever fails, the workers that are left have to go.
+        steps = [("downloads", self.downloads.stop)]
+        steps += [(actor.spec.model_id, partial(_unload, actor)) for actor in actors]
+        steps += [("probe", self._prober.stop), ("spare workers", self._spares.drop)]
+        steps += [(actor.spec.model_id, partial(_end, actor)) for actor in actors]
         try:
-            await self.downloads.stop()
-            for actor in list(self._actors.values()):
-                actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-            await self._prober.stop()
-            await self._spares.drop()
-            for actor in list(self._actors.values()):
-                await actor.left()
-                await actor.close()
-            if self._janitor is not None:
+            went_well = [await _tried(name, step) for name, step in steps]
+            if self._janitor is not None and all(went_well):
                 self._janitor.dismiss()
-            await self._services.flush()
-            await self._configured.went_well()
         finally:
+            await _tried("state", self._services.flush)
+            await _tried("count of starts", self._configured.went_well)
             self._services.close()
 
     def _backends_in_use(self) -> set[str]:
@@ -326,7 +314,7 @@ class Fleet:
             return actor
         if (resting := self._resting.view(model_id)) is not None:
             raise unstable(model_id, resting.readiness.reason, resting.last_incident_id)
-        if self._at_gate[model_id]:
+        if model_id in self._loads:
             raise CodedError(
                 ErrorCode.MODEL_NOT_READY,
                 f"model {model_id!r} is about to be loaded",
@@ -336,79 +324,28 @@ class Fleet:
             ErrorCode.MODEL_NOT_FOUND, f"model {model_id!r} is not loaded", param="model"
         )
 
-    async def _admit(self, spec: LoadSpec) -> Actor:
-        """The actor that loads, or has loaded, the model; a new one if the gate lets it pass."""
-        model_id = self._gate.id_of(spec)
-        self._at_gate[model_id] += 1
-        try:
-            while True:
-                await self._settled(model_id)
-                actor = self._actors.get(model_id)
-                if actor is not None and not actor.rests:
-                    await self._gate.check_same(actor.spec, spec)
-                    same = self._actors.get(model_id) is actor
-                    if same and actor.stays:
-                        return actor
-                    continue
-                model = await self._gate.admit(spec)
-                async with self._room.turn:
-                    if not self._is_free(model_id, actor):
-                        continue
-                    account = self._accounts.get(model.account_key)
-                    if spec.allow_unsupported_runtime or not account.quarantined:
-                        plan = await self._room.make(model, may_evict=spec.may_evict)
-                        model = replace(model, plan=plan)
-                    # Nothing waits from here on: what is found now is what is used.
-                    if self._is_free(model_id, actor):
-                        return self._wake(actor, model, spec)
-        except CodedError as error:
-            log.warning("%s: load refused: %s (%s)", model_id, error.message, error.code)
+
+async def _unload(actor: Actor) -> None:
+    if actor.tracked:
+        actor.unload(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+
+
+async def _end(actor: Actor) -> None:
+    await actor.left()
+    await actor.close()
+
+
+async def _tried(name: str, step: Callable[[], Awaitable[None]]) -> bool:
+    """Take one step of the stop. Whether it went well; what did not is logged."""
+    try:
+        await step()
+    except Exception:
+        log.exception("while stopping: %s", name)
+        return False
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
             raise
-        finally:
-            self._leave_gate(model_id)
-
-    def _is_free(self, model_id: str, actor: Actor | None) -> bool:
-        """Whether the model may be given a worker, as when ``actor`` was what there was."""
-        if self._stopping is not None:
-            raise CodedError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-        same = self._actors.get(model_id) is actor
-        return same and (actor is None or (actor.rests and not actor.leaving))
-
-    def _leave_gate(self, model_id: str) -> None:
-        self._at_gate[model_id] -= 1
-        if not self._at_gate[model_id]:
-            del self._at_gate[model_id]
-
-    async def _settled(self, model_id: str) -> None:
-        """Wait until the model is not on its way out."""
-        while (actor := self._actors.get(model_id)) is not None and actor.leaving:
-            await actor.changed()
-
-    def _wake(self, actor: Actor | None, model: ModelSpec, spec: LoadSpec) -> Actor:
-        """Start what the gate admitted: a new actor, or the quarantined one on probation."""
-        self._resting.admitted(model.account_key)
-        if actor is not None and actor.spec.account_key == model.account_key:
-            if not spec.allow_unsupported_runtime:
-                raise actor.unstable()
-            actor.load_again(model)
-            return actor
-        if actor is not None:
-            # Another file or backend version: its quarantine is none of ours.
-            del self._actors[model.model_id]
-            actor.abandon()
-        return self._create(model, spec)
-
-    def _create(self, model: ModelSpec, spec: LoadSpec) -> Actor:
-        model_id = model.model_id
-
-        def forget() -> None:
-            del self._actors[model_id]
-
-        self._last_loads[model_id] = spec
-        take = self._spares.take
-        actor = Actor(model, self._services, on_gone=forget, take_spare=take)
-        self._actors[model_id] = actor
-        actor.start(probation=spec.allow_unsupported_runtime)
-        if actor.rests:
-            raise actor.unstable()
-        return actor
+        # Not this, but something that it has waited for.
+        return False
+    return True

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from supervisor import cgroup_memory
+from supervisor.cgroup_memory import read_small
 
 #: Not tested directly: a type checker would take one branch for the only one.
 _PLATFORM: str = sys.platform
@@ -66,7 +67,7 @@ class FootprintMeter:
 
     def _resident(self, pid: int) -> int | None:
         if _PLATFORM == "linux":
-            pages = _read(f"/proc/{pid}/statm").split()
+            pages = read_small(f"/proc/{pid}/statm").split()
             return int(pages[1]) * _PAGE_BYTES if pages else None
         try:
             process = self._processes.get(pid)
@@ -135,16 +136,11 @@ def gpu_limit_bytes() -> int | None:
 
 
 def available_bytes() -> int:
-    """What can be allocated without swapping: the host's, or the cgroup's if that is less."""
-    _, found, rest = _read("/proc/meminfo").partition(b"MemAvailable:")
+    """What can be allocated without swapping: the host's, or what a cgroup leaves of it."""
+    _, found, rest = read_small("/proc/meminfo").partition(b"MemAvailable:")
     available = int(rest.split()[0]) * 1024 if found else int(psutil.virtual_memory().available)
-    folder = _cgroup_folder()
-    limit = _read_number(folder / "memory.max")
-    used = _read_number(folder / "memory.current")
-    if limit is None or used is None:
-        return available
-    # The page cache is counted as used, and given back on demand.
-    return min(available, max(0, limit - used + _page_cache(folder)))
+    limited = cgroup_memory.available_bytes()
+    return available if limited is None else min(available, limited)
 
 
 def _pss(pid: int) -> Usage:
@@ -173,48 +169,3 @@ def _phys_footprint(pid: int) -> int:
     if libproc.proc_pid_rusage(pid, _RUSAGE_INFO_V0, ctypes.byref(buffer)) != 0:
         raise OSError(f"proc_pid_rusage failed for {pid}")
     return int(buffer[_PHYS_FOOTPRINT_FIELD])
-
-
-@cache
-def _cgroup_folder() -> Path:
-    """The unified (v2) cgroup of this process; a folder without files where there is none."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return root
-    own = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
-    return root / own[0] if own else root
-
-
-def _page_cache(folder: Path) -> int:
-    try:
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    fields = dict(line.split() for line in lines)
-    return int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))
-
-
-def _read_number(path: Path) -> int | None:
-    """A cgroup file's value; None for ``max`` or where there is no such file."""
-    text = _read(path).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _read(path: str | Path) -> bytes:
-    """A small file of the kernel's; empty if there is none.
-
-    Every second, and often the only thing that happens: a file object costs several
-    times as much as what it reads.
-    """
-    content = b""
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            # The kernel hands out a page at most, however much is asked for.
-            while part := os.read(fd, 1 << 16):
-                content += part
-        finally:
-            os.close(fd)
-    return content

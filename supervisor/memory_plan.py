@@ -92,6 +92,11 @@ class Terms:
     prompt_cache: int | None = None
 
 
+def overhead_bytes(backend: str) -> int:
+    """What a worker takes before it has a model."""
+    return OVERHEAD_BYTES.get(backend, _UNKNOWN_OVERHEAD)
+
+
 def plan_memory(files: ModelFiles, terms: Terms, correction: int = 0) -> MemoryPlan:
     """The plan of a model on these terms, with all the prompt cache it would like."""
     traits = files.traits
@@ -106,7 +111,7 @@ def plan_memory(files: ModelFiles, terms: Terms, correction: int = 0) -> MemoryP
         weights=files.size_bytes + terms.draft_bytes,
         kv=kv,
         compute=_compute_bytes(traits.geometry, traits.kind, terms.backend, context),
-        overhead=OVERHEAD_BYTES.get(terms.backend, _UNKNOWN_OVERHEAD),
+        overhead=overhead_bytes(terms.backend),
         correction=correction,
         prompt_cache=prompt_cache if traits.kind is ModelKind.GENERATE else 0,
         kv_at_once=terms.backend in _TAKES_KV_AT_ONCE,

@@ -21,7 +21,13 @@ from supervisor.actor import Actor
 from supervisor.eviction import Holder, candidates, choose
 from supervisor.footprint import Usage, available_bytes, gpu_limit_bytes, total_bytes, usage_of
 from supervisor.gate import ModelSpec
-from supervisor.memory_plan import MemoryPlan, Terms, largest_context, plan_memory
+from supervisor.memory_plan import (
+    MemoryPlan,
+    Terms,
+    largest_context,
+    overhead_bytes,
+    plan_memory,
+)
 from supervisor.memory_share import lesson_key
 from supervisor.memory_watch import Watched
 from supervisor.services import Services
@@ -125,6 +131,12 @@ class MemoryRoom:
             fitting_context_length=decision.fitting_context,
         )
 
+    async def has_room_for_spare(self, backend: str) -> bool:
+        """Whether a worker without a model may be spawned at once; nobody has to go for it."""
+        async with self.turn:
+            _, _, available = await self._measure()
+        return overhead_bytes(backend) <= available
+
     @contextlib.asynccontextmanager
     async def hold(self, model: ModelSpec) -> AsyncIterator[None]:
         """Memory for a worker that is no actor's. Unloads nobody; raises as ``make``."""
@@ -186,14 +198,16 @@ class MemoryRoom:
         return _Decision(plan, needed, available, _consent(model, needed, unload), unload)
 
     async def _measure(self) -> tuple[dict[str, Usage], int, int]:
-        """What each model's worker takes, what all spare ones do, and what could be promised
-        to one more model."""
+        """What each model's worker takes, what the end of all spare ones would free, and what
+        could be promised to one more model."""
         pids = {name: actor.worker[1] for name, actor in self.actors.items() if actor.worker}
-        spares = self.spares.pids
+        spares = self.spares.planned
         trials = [trial.worker[1] for trial in self.trials.values() if trial.worker]
         measured, host = await asyncio.to_thread(_look, [*pids.values(), *spares, *trials])
         usages = {name: measured[pid] for name, pid in pids.items() if pid in measured}
-        spare = sum(measured[pid].total for pid in spares if pid in measured)
+        taken = {pid: measured.get(pid, _NOTHING).total for pid in spares}
+        growing = sum(max(0, spares[pid] - taken[pid]) for pid in spares)
+        spare = sum(taken.values())
         tried = sum(measured[pid].total for pid in trials if pid in measured)
         used = sum(usage.total for usage in usages.values()) + spare + tried
         # What is mapped could be taken from a worker, and the host counts it as available;
@@ -203,11 +217,12 @@ class MemoryRoom:
         for limit in (self.services.settings.memory_budget_bytes, gpu_limit_bytes()):
             if limit is not None:
                 limits.append(limit - used)
-        outstanding = max(0, sum(self._held.values()) - tried) + sum(
+        outstanding = max(0, sum(self._held.values()) - tried) + growing
+        outstanding += sum(
             max(0, actor.promised - usages.get(name, _NOTHING).total)
             for name, actor in self.actors.items()
         )
-        return usages, spare, min(limits) - outstanding
+        return usages, spare + growing, min(limits) - outstanding
 
 
 _NOTHING = Usage(0, 0)

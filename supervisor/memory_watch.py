@@ -30,13 +30,19 @@ class Watched(Protocol):
     def fail(self, generation: int, kind: FailureKind, reason: str) -> None: ...
 
 
+class Spared(Protocol):
+    """Workers that nobody misses, see ``Spares``."""
+
+    def recall(self, reason: str) -> bool: ...
+
+
 class MemoryWatch:
     """Watches the actors in ``actors`` and in ``trials``, which their owners change.
     Sizes are bytes.
 
     Keeps ``oom_kills`` fresh. ``interval_s`` lies between two looks, or more if they
-    take long; while the host has less than ``low_water`` available, the worker that grew
-    is stopped.
+    take long; while the host has less than ``low_water`` available, the ``spares`` go, and
+    if there are none the worker that grew is stopped.
     """
 
     def __init__(
@@ -47,9 +53,11 @@ class MemoryWatch:
         interval_s: float,
         low_water: int,
         trials: Mapping[str, Watched] | None = None,
+        spares: Spared | None = None,
     ) -> None:
         self._actors = actors
         self._trials = {} if trials is None else trials
+        self._spares = spares
         self._oom_kills = oom_kills
         self._interval_s = interval_s
         self._low_water = low_water
@@ -83,11 +91,15 @@ class MemoryWatch:
             self._oom_kills.refresh()
             return
         sizes, available = await asyncio.to_thread(self._measure, list(pids))
-        verdicts = self._verdicts(pids, sizes, available)
+        low_water = self._low_water
+        if available < low_water and self._spares and self._spares.recall("memory is short"):
+            # No model has to go before it is known what that has brought.
+            low_water = 0
+        verdicts = self._verdicts(pids, sizes, available, low_water)
         if verdicts:
             # Nobody is stopped for an estimate.
             sizes = await asyncio.to_thread(self._meter.measure, list(pids), exactly=True)
-            verdicts = self._verdicts(pids, sizes, available)
+            verdicts = self._verdicts(pids, sizes, available, low_water)
         for verdict in verdicts:
             actor = self._watched.get(verdict.model_id)
             if actor is not None:
@@ -102,7 +114,11 @@ class MemoryWatch:
         return self._meter.measure(pids), available_bytes()
 
     def _verdicts(
-        self, pids: Mapping[int, tuple[Watched, int]], sizes: Mapping[int, int], available: int
+        self,
+        pids: Mapping[int, tuple[Watched, int]],
+        sizes: Mapping[int, int],
+        available: int,
+        low_water: int,
     ) -> list[Verdict]:
         found = ((*pids[pid], size) for pid, size in sizes.items())
         dying = any(actor.dying for actor in self._watched.values())
@@ -112,5 +128,5 @@ class MemoryWatch:
             if (footprint := actor.footprint(generation, size)) is not None and not actor.dying
         ]
         # What is being stopped already is about to give its memory back.
-        low_water = 0 if dying else self._low_water
+        low_water = 0 if dying else low_water
         return judge(footprints, available=available, low_water=low_water)

@@ -1,8 +1,8 @@
 """Workers that have loaded a backend and hold no model, for whoever needs one next.
 
 To start an interpreter and import a backend takes longer than to load a small model: a
-respawn that takes a spare worker saves that. One is prepared when nothing else goes on, for
-each backend that is in use.
+respawn that takes a spare worker saves that. One is prepared when nothing else goes on and
+there is memory to spare, for each backend that is in use.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 from protocol.handshake import HandshakeError, verify_hello
 from protocol.messages import FromWorker, Hello, LoadFailed
 from supervisor.footprint import resident_gb
 from supervisor.marks import end_helpers
+from supervisor.memory_plan import overhead_bytes
 from supervisor.services import Services
 from supervisor.views import SpareView
 from supervisor.worker import Worker
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 #: Who is busy all the time gets a spare worker after so long all the same.
 PATIENCE_S = 30.0
+#: Until it is asked again whether there is room, which takes a look at every worker.
+NO_ROOM_S = 30.0
+#: Between two looks at which versions are installed.
+VERSIONS_S = 30.0
 #: So many that end badly in a row, and no more are made for that backend.
 MAX_FAILURES = 3
 
@@ -43,6 +48,8 @@ class Spare:
 
     def __init__(self, backend: str, services: Services, on_end: Callable[[Spare], None]) -> None:
         self.backend = backend
+        #: Its end is no fault of its own.
+        self.unwanted = False
         self._on_end = on_end
         self._settings = services.settings
         self._failure = ""
@@ -88,9 +95,14 @@ class Spare:
             self._failure = reason
             self._ending = asyncio.create_task(self._end())
 
+    def recall(self, reason: str) -> None:
+        """Begin to bring it down for the sake of others."""
+        self.unwanted = True
+        self.dismiss(reason)
+
     async def stop(self) -> None:
         """Bring it down, and wait for its end."""
-        self.dismiss("it is not needed any more")
+        self.recall("it is not needed any more")
         assert self._ending is not None
         await asyncio.shield(self._ending)
 
@@ -147,7 +159,9 @@ class Spare:
 class Spares:
     """``size`` spare workers of each backend in use. Methods run on the event loop.
 
-    ``in_use`` tells the backends of the models there are, ``calm`` whether nothing goes on.
+    ``in_use`` tells the backends of the models there are, ``calm`` whether nothing goes on,
+    ``has_room`` whether there is memory for one of a backend, and ``installed`` the versions of
+    the backends.
     """
 
     def __init__(
@@ -156,14 +170,20 @@ class Spares:
         *,
         in_use: Callable[[], Collection[str]],
         calm: Callable[[], bool],
+        has_room: Callable[[str], Awaitable[bool]],
+        installed: Callable[[], Awaitable[Mapping[str, str | None]]],
     ) -> None:
         self._services = services
         self._size = services.settings.warm_spares
         self._in_use = in_use
         self._calm = calm
+        self._has_room = has_room
+        self._find_installed = installed
+        self._installed: Mapping[str, str | None] = {}
         self._spares: list[Spare] = []
         self._failures: Counter[str] = Counter()
         self._waits_since: float | None = None
+        self._room_due = self._versions_due = 0.0
 
     def take(self, backend: str, version: str) -> Worker | None:
         """A worker that waits for a model on this version of the backend, if there is one."""
@@ -181,25 +201,35 @@ class Spares:
         return [spare.view() for spare in self._spares]
 
     @property
-    def pids(self) -> list[int]:
-        return [spare.worker.process.pid for spare in self._spares]
+    def planned(self) -> Mapping[int, int]:
+        """Bytes that each may take, by its pid."""
+        return {each.worker.process.pid: overhead_bytes(each.backend) for each in self._spares}
 
     async def drop(self) -> None:
         """Bring all of them down: their memory is needed."""
         await asyncio.gather(*(spare.stop() for spare in list(self._spares)))
+
+    def recall(self, reason: str) -> bool:
+        """Begin to bring all of them down. Whether there are any, whose memory is about to be
+        free."""
+        for spare in self._spares:
+            spare.recall(reason)
+        return bool(self._spares)
 
     async def run(self) -> None:
         """Keep as many as there should be, until cancelled."""
         while self._size:
             await asyncio.sleep(INTERVAL_S)
             try:
-                self._look()
+                await self._look()
             except Exception:
                 # Without a spare worker everything goes on, only more slowly.
                 log.exception("spare workers could not be looked after")
 
-    def _look(self) -> None:
+    async def _look(self) -> None:
         in_use = set(self._in_use())
+        if in_use:
+            await self._look_at_versions()
         for spare in self._spares:
             started = spare.worker.hello is not None
             if started and not (spare.backend in in_use and spare.ready):
@@ -212,10 +242,35 @@ class Spares:
         self._waits_since = self._waits_since or now
         # One at a time: it takes a processor for a second or so.
         starting = any(not spare.ready for spare in self._spares)
-        if not starting and (self._calm() or now - self._waits_since > PATIENCE_S):
-            self._spares.append(Spare(missing[0], self._services, self._on_end))
+        patient = self._waits_since + PATIENCE_S >= now and not self._calm()
+        if starting or patient or now < self._room_due:
+            return
+        if not await self._has_room(missing[0]):
+            self._room_due = now + NO_ROOM_S
+            return
+        # Nothing has waited since there was room.
+        self._spares.append(Spare(missing[0], self._services, self._on_end))
+
+    async def _look_at_versions(self) -> None:
+        """Nobody can take one that was started before an upgrade."""
+        if (now := time.monotonic()) < self._versions_due:
+            return
+        self._versions_due = now + VERSIONS_S
+        installed = await self._find_installed()
+        for backend, version in installed.items():
+            if version != self._installed.get(backend, version):
+                self._failures[backend] = 0
+        self._installed = installed
+        for spare in self._spares:
+            hello, version = spare.worker.hello, installed.get(spare.backend)
+            if hello is not None and spare.ready and hello.backend_version != version:
+                # One that says something else each time must not be made for ever.
+                self._failures[spare.backend] += 1
+                spare.dismiss(f"it has version {hello.backend_version}, installed is {version}")
 
     def _is_missing(self, backend: str) -> bool:
+        if self._installed.get(backend, "") is None:
+            return False
         there = sum(spare.backend == backend for spare in self._spares)
         return there < self._size and self._failures[backend] < MAX_FAILURES
 
@@ -224,7 +279,7 @@ class Spares:
             return
         self._spares.remove(spare)
         log.info("%s: ended: %s", spare.worker.process.name, spare.failure)
-        if spare.worker.hello is None:
+        if spare.worker.hello is None and not spare.unwanted:
             self._failures[spare.backend] += 1
             if self._failures[spare.backend] == MAX_FAILURES:
                 log.warning("no more spare workers for backend %s: none starts", spare.backend)

@@ -17,14 +17,23 @@ _DRAIN_INTERVAL_S = 0.05
 class Traffic:
     """Counts what goes to ``requests``. Whoever calls has seen that the model may be used.
 
-    ``draining``: no more is to be let in. ``last_used_at`` is in epoch seconds.
+    ``last_used_at`` is in epoch seconds.
     """
 
     def __init__(self, requests: RequestTable) -> None:
         self.requests = requests
         self.count = 0
         self.last_used_at: float | None = None
-        self.draining = False
+        self._drains = 0
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more is to be let in."""
+        return self._drains > 0
+
+    def end_drain(self) -> None:
+        """What it was for has come, for all who drain."""
+        self._drains = 0
 
     def submit(
         self, request: Job, *, limit: int, streaming: bool, may_resume: bool
@@ -49,11 +58,12 @@ class Traffic:
         return time.monotonic() - self.requests.idle_since
 
     async def drain(self, timeout_s: float, is_routable: Callable[[], bool]) -> None:
-        """Let nothing more in, and wait for the end of what runs.
+        """Let nothing more in until ``end_drain``, and wait for the end of what runs.
 
-        What waits for the model to be loaded is not waited for.
+        What waits for the model to be loaded is not waited for. Who is cancelled does not drain
+        any more; others may.
         """
-        self.draining = True
+        self._drains += 1
         deadline = time.monotonic() + timeout_s
         try:
             while is_routable() and self.requests.busy:
@@ -61,6 +71,6 @@ class Traffic:
                 if left_s <= 0:
                     return
                 await asyncio.sleep(min(left_s, _DRAIN_INTERVAL_S))
-        except asyncio.CancelledError:
-            self.draining = False
+        except BaseException:
+            self._drains = max(0, self._drains - 1)
             raise

@@ -105,24 +105,41 @@ class Downloads:
         on or, with ``consent`` or nothing left to fetch, begins; else a question. Raises
         ``refusal`` where a download would not help.
         """
+        found = await self._sought(refusal, spec)
+        if isinstance(found, Operation):
+            return self._join(found, spec)
+        if isinstance(found, LoadSpec):
+            return found
+        spec = msgspec.structs.replace(spec, model_id=found.model_id)
+        if consent or not found.missing_bytes or self._active(operation_id(found.model_id)):
+            return await self.start(found, spec)
+        free = await self._require_disk(found)
+        return Asked(self._questions.ask(Question(found, spec)), found, free, LIFETIME_S)
+
+    async def preview(self, refusal: CodedError, spec: LoadSpec) -> LoadSpec | Operation | Asked:
+        """As ``offer``, but nothing begins and nobody joins; the question has no token."""
+        found = await self._sought(refusal, spec)
+        if not isinstance(found, Plan):
+            return found
+        if (running := self._active(operation_id(found.model_id))) is not None:
+            return running
+        return Asked("", found, await self._require_disk(found), 0)
+
+    async def _sought(self, refusal: CodedError, spec: LoadSpec) -> LoadSpec | Operation | Plan:
+        """The load by another id, a download that goes on, or what the hub has."""
         ask = self._remedy(refusal, spec)
         if (running := self._running(ask)) is not None:
-            return self._join(running, spec)
+            return running
         known_as = await asyncio.to_thread(local.known_as, self._cache, ask)
         if known_as is not None:
             return msgspec.structs.replace(spec, model_id=known_as)
         self._require_enabled()
         try:
-            plan = await self._plan(spec.model_id, spec.backend)
+            return await self._plan(spec.model_id, spec.backend)
         except CodedError:
             if refusal.code is ErrorCode.MODEL_INCOMPLETE:
                 raise refusal from None
             raise
-        spec = msgspec.structs.replace(spec, model_id=plan.model_id)
-        if consent or not plan.missing_bytes or self._active(operation_id(plan.model_id)):
-            return await self.start(plan, spec)
-        free = await self._require_disk(plan)
-        return Asked(self._questions.ask(Question(plan, spec)), plan, free, LIFETIME_S)
 
     async def confirm(self, token: str) -> Operation:
         """Begin what was asked for. The token is used up, whatever comes of it."""

@@ -11,11 +11,12 @@ from starlette.responses import Response
 from protocol.errors import CodedError
 from supervisor.gate import LoadSpec
 from supervisor.gateway.body import read_json
-from supervisor.gateway.downloads import load_from_hub
+from supervisor.gateway.downloads import load_from_hub, plan_from_hub
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import invalid, json_response
 from supervisor.gateway.openai.models import is_routable
 from supervisor.gateway.presets import load_by_name, only_model
+from supervisor.gateway.routing import named_model
 from supervisor.ids import complaint_about_id, complaint_about_path
 from supervisor.views import LoadResult, ModelView
 
@@ -73,18 +74,21 @@ async def load_model(gateway: Gateway, call: Call) -> Response:
         draft_model=request.draft_model,
         pinned=bool(request.pinned),
     )
-    if request.dry_run:
+
+    async def plan(spec: LoadSpec) -> Response:
         return json_response(await load_by_name(gateway, spec, gateway.fleet.plan))
 
     async def load(spec: LoadSpec) -> Response:
         return await _load(gateway, call, spec, wait=request.wait is not False)
 
     try:
-        return await load(spec)
+        return await (plan if request.dry_run else load)(spec)
     except CodedError as refusal:
         # The hub knows nothing of our names, and may have something else under one.
         if (named := only_model(gateway, spec)) is None:
             raise
+        if request.dry_run:
+            return await plan_from_hub(gateway, refusal, named, plan)
         return await load_from_hub(
             gateway, refusal, named, load, consent=bool(request.auto_download), wait=request.wait
         )
@@ -104,12 +108,13 @@ async def _load(gateway: Gateway, call: Call, spec: LoadSpec, *, wait: bool) -> 
 
 async def unload_model(gateway: Gateway, call: Call) -> Response:
     request = await read_json(call, _unload_decoder, gateway.settings)
-    await gateway.fleet.unload(request.model_id, request.drain_timeout_sec)
-    return json_response(_after(gateway, request.model_id))
+    model_id = named_model(gateway, request.model_id)
+    await gateway.fleet.unload(model_id, request.drain_timeout_sec)
+    return json_response(_after(gateway, model_id))
 
 
 async def release_model(gateway: Gateway, call: Call) -> Response:
-    model_id = call.path_params["id"]
+    model_id = named_model(gateway, call.path_params["id"], is_quarantined)
     await gateway.fleet.release(model_id)
     return json_response(_after(gateway, model_id))
 
@@ -125,7 +130,11 @@ async def list_models(gateway: Gateway, call: Call) -> Response:
 
 
 async def get_model(gateway: Gateway, call: Call) -> Response:
-    return json_response(gateway.fleet.model(call.path_params["id"]))
+    return json_response(gateway.fleet.model(named_model(gateway, call.path_params["id"])))
+
+
+def is_quarantined(view: ModelView) -> bool:
+    return view.readiness.state == "quarantined"
 
 
 def _after(gateway: Gateway, model_id: str) -> dict[str, object]:

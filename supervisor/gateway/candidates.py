@@ -8,7 +8,6 @@ A model that is asked for by its id has no other to go to.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -68,8 +67,12 @@ class Candidates(Generic[T]):
         self._options = options
         self._attempt = attempt
         self._trying = ""
-        self._moving_on_from: CodedError | None = None
         self._said: list[tuple[str, CodedError]] = []
+
+    @property
+    def left(self) -> Sequence[str]:
+        """Those that were not tried yet."""
+        return self._left
 
     @property
     def exhausted(self) -> bool:
@@ -84,22 +87,14 @@ class Candidates(Generic[T]):
             self._left.remove(self._trying)
             try:
                 return await self._attempt(self._trying, self._options)
-            except asyncio.CancelledError:
-                # Whoever waited no longer may come back, and this one was not tried.
-                self._left.insert(0, self._trying)
-                raise
             except CodedError as error:
                 self._hear(error)
 
     async def after(self, error: CodedError) -> T:
         """The one that had it has failed before anything was sent: the next. Raises as ``first``,
-        ``error`` itself if it is no reason to go on. May be called again when it was cancelled."""
-        if error is not self._moving_on_from:
-            self._hear(error)
-            self._moving_on_from = error
-        found = await self.first()
-        self._moving_on_from = None
-        return found
+        ``error`` itself if it is no reason to go on."""
+        self._hear(error)
+        return await self.first()
 
     def _hear(self, error: CodedError) -> None:
         """Raises unless there is another model to try."""

@@ -21,6 +21,8 @@ from supervisor.gateway.errors import json_response
 CONFIRM = "/admin/models/load/confirm"
 PROGRESS = "/admin/models/download/{id}/progress"
 
+#: Of a question, what it takes to say yes.
+_TO_CONFIRM = frozenset({"confirmation_token", "expires_in_s", "confirm_url", "progress_url"})
 #: Between two events of one stream.
 _EVENT_INTERVAL_S = 0.25
 
@@ -71,6 +73,26 @@ async def load_from_hub(
         await found.end()
         return json_response(found.result)
     return json_response(_begun(found), status=202)
+
+
+async def plan_from_hub(
+    gateway: Gateway,
+    refusal: CodedError,
+    spec: LoadSpec,
+    plan: Callable[[LoadSpec], Awaitable[Response]],
+) -> Response:
+    """What ``load_from_hub`` would answer, without a token; nothing begins."""
+    downloads = gateway.fleet.downloads
+    found = await downloads.preview(refusal, spec)
+    if isinstance(found, LoadSpec):
+        try:
+            return await plan(found)
+        except CodedError as again:
+            found = await downloads.preview(again, found)
+    if isinstance(found, Operation):
+        return json_response(_begun(found), status=202)
+    assert isinstance(found, Asked)
+    return json_response(_estimate(found), status=202)
 
 
 async def confirm_load(gateway: Gateway, call: Call) -> Response:
@@ -143,6 +165,16 @@ def _question(asked: Asked) -> dict[str, object]:
         "confirm_url": CONFIRM,
         "progress_url": PROGRESS.format(id=operation_id(plan.model_id)),
     }
+
+
+def _estimate(asked: Asked) -> dict[str, object]:
+    """The question as far as nobody is asked."""
+    told = {name: value for name, value in _question(asked).items() if name not in _TO_CONFIRM}
+    message = (
+        f"{asked.plan.model_id} is not on this machine: a load would ask to download it; "
+        "how much memory it needs is known when its files are here"
+    )
+    return {**told, "message": message}
 
 
 def _begun(operation: Operation) -> dict[str, object]:

@@ -76,6 +76,8 @@ class Call(Request):
     its headers have gone. ``deadline`` is the timer of the client's own deadline.
     ``served_by`` is the id of the model that serves it, once that is certain;
     ``candidates`` are those it may still go to, when it did not name one by its id.
+    ``starting`` stands for its requests while they wait for a model, ``only_model`` for which,
+    if there is only one.
     ``resumes`` is how often its answer has gone on after a crash, once it is released.
     """
 
@@ -87,6 +89,8 @@ class Call(Request):
         self.deadline: asyncio.TimerHandle | None = None
         self.served_by = ""
         self.candidates: Candidates[list[RequestStream]] | None = None
+        self.starting: RequestStream | None = None
+        self.only_model = ""
         self.resumes = 0
 
 

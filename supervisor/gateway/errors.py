@@ -37,6 +37,7 @@ _ANSWERS: dict[ErrorCode, _Answer] = {
     ErrorCode.MODEL_UNSUPPORTED_BACKEND: _Answer(422, _INVALID),
     ErrorCode.MODEL_INCOMPLETE: _Answer(409, _CONFLICT),
     ErrorCode.MODEL_NOT_FOUND: _Answer(404, _NOT_FOUND),
+    ErrorCode.MODEL_AMBIGUOUS: _Answer(400, _INVALID),
     ErrorCode.MODEL_NOT_READY: _Answer(409, _CONFLICT),
     ErrorCode.MODEL_UNSTABLE: _Answer(409, _CONFLICT),
     ErrorCode.MODEL_CRASHED: _Answer(503, _SERVER),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import DeadlinePassed, RequestCancelled
 from supervisor.gateway.routing import GENERATE, candidates
 from supervisor.gateway.scheduling import Terms
+from supervisor.gateway.starting import begun, start_later
 from supervisor.stream import Chunk, RequestStream
 
 
@@ -39,29 +41,35 @@ async def submit(
 ) -> list[RequestStream]:
     """Start the requests of one call, all or none, on the terms of that call.
 
-    They wait for a model that is loaded for them. ``model`` is an id, or a name that stands
-    for some; ``kind`` is what the model has to be. Whoever gets the streams must ``release``
-    them, and may find others in the list after ``accepted`` or ``collect``, if the first
-    model failed. Labels the call with the model's id once that is known to be tracked.
+    ``model`` is an id, or a name that stands for some; ``kind`` is what the model has to be.
+    Whoever gets the streams must ``release`` them, and may find others in the list after
+    ``accepted`` or ``collect``, if there was a model to wait for or the first one failed.
+    Labels the call with the model's id once that is known to be tracked.
 
-    Raises what ``Fleet.prepare`` and ``Fleet.submit`` do, or ``request_timeout`` when the
-    client's deadline has passed by now.
+    Raises what ``Fleet.submit`` does, or ``request_timeout`` when the client's deadline has
+    passed by now. A model that has to be loaded for them is not waited for here: what
+    ``Fleet.prepare`` says then is raised by ``begun``, ``accepted`` or ``collect``.
     """
     gateway.metrics.client_request(terms.client_name)
     if _remaining_s(terms) <= 0:
         raise DeadlinePassed(terms.timeout_s or 0.0, 0)
+
+    async def start(model_id: str, options: Mapping[str, Any]) -> list[RequestStream]:
+        await gateway.fleet.prepare(model_id, options)
+        return _start(gateway, call, model_id, requests, terms, streaming)
+
     route = gateway.names.routes.get(model)
-    if route is None:
-        streams = await _start(gateway, call, model, NO_OPTIONS, requests, terms, streaming)
-    else:
-
-        def start(
-            model_id: str, options: Mapping[str, Any]
-        ) -> Coroutine[Any, Any, list[RequestStream]]:
-            return _start(gateway, call, model_id, options, requests, terms, streaming)
-
+    if route is not None:
         call.candidates = await candidates(gateway, model, route, start, kind)
-        streams = await call.candidates.first()
+        work, ids = call.candidates.first(), call.candidates.left
+    else:
+        work, ids = start(model, NO_OPTIONS), [model]
+    if any(map(gateway.fleet.must_prepare, ids)):
+        streams: list[RequestStream] = []
+        call.only_model = ids[0] if len(ids) == 1 else ""
+        start_later(call, streams, work, partial(_let_go, gateway, call))
+    else:
+        streams = await work
     gateway.running.add(call.request_id, call, streams)
     if terms.timeout_s is not None:
         loop = asyncio.get_running_loop()
@@ -69,20 +77,14 @@ async def submit(
     return streams
 
 
-async def _start(
+def _start(
     gateway: Gateway,
     call: Call,
     model: str,
-    options: Mapping[str, Any],
     requests: Sequence[Job],
     terms: Terms,
     streaming: bool,
 ) -> list[RequestStream]:
-    try:
-        async with asyncio.timeout(None if terms.timeout_s is None else _remaining_s(terms)):
-            await gateway.fleet.prepare(model, options)
-    except TimeoutError as error:
-        raise DeadlinePassed(terms.timeout_s or 0.0, 0) from error
     streams: list[RequestStream] = []
     try:
         for request in requests:
@@ -102,40 +104,29 @@ async def _start(
 async def accepted(gateway: Gateway, call: Call, streams: list[RequestStream]) -> None:
     """Wait until a worker has taken the requests, another model's if the first one fails.
 
-    Raises the refusal. After it has returned the call stays with its model.
+    Raises the refusal. After it has returned the call stays with its model. Who is cancelled
+    may come back: what the requests wait for goes on.
     """
     while True:
+        await begun(call)
         try:
             for stream in streams:
                 await stream.accepted()
         except CodedError as error:
-            await _move_on(gateway, call, streams, error)
+            _move_on(gateway, call, streams, error)
         else:
             call.candidates = None
             call.served_by = call.model
             return
 
 
-async def _move_on(
-    gateway: Gateway, call: Call, streams: list[RequestStream], error: CodedError
-) -> None:
-    """Let the next candidate have the requests; ``error`` or what became of it is raised."""
+def _move_on(gateway: Gateway, call: Call, streams: list[RequestStream], error: CodedError) -> None:
+    """Let the next candidate have the requests; without one ``error`` is raised."""
     if call.candidates is None:
         raise error
-    # Those who give up what is in the list must find something there meanwhile.
-    held = RequestStream(max_buffer_bytes=None, on_close=lambda: None)
-    failed, streams[:] = streams[:], [held]
+    failed = streams[:]
+    start_later(call, streams, call.candidates.after(error), partial(_let_go, gateway, call))
     _let_go(gateway, call, failed)
-    try:
-        others = await call.candidates.after(error)
-    except asyncio.CancelledError:
-        # Who waits again goes on from here.
-        held.fail(error)
-        raise
-    if held.failed:
-        _let_go(gateway, call, others)
-        await held.accepted()
-    streams[:] = others
 
 
 def _remaining_s(terms: Terms) -> float:
@@ -196,10 +187,11 @@ async def collect(gateway: Gateway, call: Call, streams: list[RequestStream]) ->
     watch = watch_disconnect(call.receive, streams)
     try:
         while True:
+            await begun(call)
             try:
                 chunks = [checked(await stream.collect()) for stream in streams]
             except CodedError as error:
-                await _move_on(gateway, call, streams, error)
+                _move_on(gateway, call, streams, error)
             else:
                 call.served_by = call.model
                 return chunks

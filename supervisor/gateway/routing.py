@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from protocol.errors import CodedError, ErrorCode
@@ -45,6 +45,49 @@ def options_of(route: Route) -> Mapping[str, Any]:
     return NO_OPTIONS if route.preset is None else route.preset.load.options()
 
 
+def named_model(
+    gateway: Gateway, name: str, suits: Callable[[ModelView], bool] = lambda view: True
+) -> str:
+    """The id of the one model that an operator means: of several that a name stands for, the one
+    that is tracked and, if that is not enough, ``suits``.
+
+    The id of a tracked model is that model's in any case. Raises ``model_ambiguous``, or
+    ``model_not_found`` when none of several is tracked.
+    """
+    route = gateway.names.routes.get(name)
+    if route is None or _view(gateway, name) is not None:
+        return name
+    if ANY in route.candidates:
+        raise _ambiguous(name, "whatever model there is")
+    if len(route.candidates) == 1:
+        return route.candidates[0]
+    found = [view for each in route.candidates if (view := _view(gateway, each)) is not None]
+    if not found:
+        names = ", ".join(route.candidates)
+        raise CodedError(
+            ErrorCode.MODEL_NOT_FOUND,
+            f"none of the models that {name!r} stands for is loaded: {names}",
+            param="model",
+        )
+    if len(found) > 1:
+        found = [view for view in found if suits(view)] or found
+    if len(found) > 1:
+        raise _ambiguous(name, " and ".join(view.id for view in found))
+    return found[0].id
+
+
+def _ambiguous(name: str, meaning: str) -> CodedError:
+    message = f"{name!r} stands for {meaning}: say which, by its id"
+    return CodedError(ErrorCode.MODEL_AMBIGUOUS, message, param="model_id")
+
+
+def _view(gateway: Gateway, model_id: str) -> ModelView | None:
+    try:
+        return gateway.fleet.model(model_id)
+    except CodedError:
+        return None
+
+
 async def _with_any(gateway: Gateway, name: str, ids: list[str], kind: str) -> list[str]:
     at = ids.index(ANY)
     found = any_of([_known(gateway, view, kind) for view in gateway.fleet.models()])
@@ -78,10 +121,8 @@ async def _loadable(gateway: Gateway, kind: str) -> list[str]:
 
 
 def standing_of(gateway: Gateway, model_id: str) -> Standing:
-    try:
-        return _standing(gateway.fleet.model(model_id))
-    except CodedError:
-        return Standing.OTHER
+    view = _view(gateway, model_id)
+    return Standing.OTHER if view is None else _standing(view)
 
 
 def _standing(view: ModelView) -> Standing:

@@ -132,7 +132,7 @@ async def open_event_stream(
             await accepted(gateway, call, streams)
     except TimeoutError:
         if call.candidates is None or call.candidates.exhausted:
-            call.served_by = call.model
+            call.served_by = call.model or call.only_model
     except BaseException as error:
         if recording is not None:
             recording.refuse(error_event(error))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,35 @@ def test_a_load_asks_then_downloads_then_serves(server: Server, hub: Hub, tiny_g
     before = len(hub.requests)
     assert server.load("org/tiny:Q4_K_M").status_code == 200
     assert len(hub.requests) == before
+
+
+def test_a_dry_run_of_what_is_not_here_asks_nothing_and_begins_nothing(
+    server: Server, hub: Hub, tiny_gguf: Path
+) -> None:
+    before = server.http.get("/admin/models/downloads").json()["count"]
+    answer = server.load("org/many:q8_0", dry_run=True, auto_download=True, wait=True)
+    assert answer.status_code == 202, answer.text
+    told = answer.json()
+    size = tiny_gguf.stat().st_size
+    assert told["status"] == "download_required"
+    assert told["model_id"] == "org/many:m-Q8_0"
+    assert told["estimated_size_bytes"] == told["total_size_bytes"] == size
+    assert told["files"] == [{"name": "m-Q8_0.gguf", "size_bytes": size}]
+    assert "files are here" in told["message"]
+    assert not {"confirmation_token", "confirm_url", "progress_url", "expires_in_s"} & set(told)
+    assert server.http.get("/admin/models/downloads").json()["count"] == before
+    assert hub.bytes_of("m-Q8_0.gguf") == 0
+    command = [sys.executable, "-m", "supervisor.cli", "load", "org/many:q8_0", "--dry-run"]
+    done = subprocess.run(
+        [*command, "--url", server.url], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert "a load would ask to download it" in done.stdout
+    assert "would be downloaded" in done.stdout
+    # What a load would be refused with is the answer here, too.
+    for model in ("org/gated", "org/nobody", "org/many", "nobody"):
+        refused = server.load(model, dry_run=True)
+        assert code_of(refused) == code_of(server.load(model)), refused.text
 
 
 def begin(server: Server, model_id: str) -> dict[str, Any]:
@@ -293,6 +324,7 @@ def test_without_downloads_nothing_is_asked_for(tmp_path: Path, hub: Hub) -> Non
     before = len(hub.requests)
     with serve(tmp_path / "home", **off) as server:
         assert code_of(server.load("org/tiny")) == (403, "downloads_disabled")
+        assert code_of(server.load("org/tiny", dry_run=True)) == (403, "downloads_disabled")
         assert code_of(server.load("tiny", auto_download=True)) == (404, "model_not_found")
         refused = server.http.post("/admin/models/download", json={"model_id": "org/tiny"})
         assert code_of(refused) == (403, "downloads_disabled")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from supervisor import modelfiles
 from supervisor.memory_plan import Terms, plan_memory
+from tests.support.memory_cgroup import NotAllowed, memory_cgroup
 from tests.support.server import Server, polls, serve, text_of, write_script
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -262,3 +264,28 @@ def test_loads_evictions_and_requests_at_once(
         assert max(most) <= 4  # one of them on its way out
         models = server.http.get("/admin/models").json()["models"]
         assert all(model["readiness"]["crash_count"] == 0 for model in models)
+
+
+def test_the_limit_of_a_group_above_counts(tmp_path: Path, models_dir: Path) -> None:
+    limit = 500 * 1024 * 1024
+    with contextlib.ExitStack() as stack:
+        try:
+            cgroup = stack.enter_context(memory_cgroup(limit, below=True))
+        except NotAllowed as reason:
+            pytest.skip(f"no cgroup: {reason}")
+        into = f"open({str(cgroup / 'cgroup.procs')!r}, 'w').write('0')"
+        server = stack.enter_context(
+            serve(
+                tmp_path / "home",
+                *("--models-dir", str(models_dir)),
+                patch=into,
+                OPTA_LMX_MEMORY_LOW_WATER_BYTES="0",
+            )
+        )
+        assert plan_of(server, "a")["available_bytes"] <= limit
+        refused = server.load("endless", context_length=ENDLESS)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            507,
+            "insufficient_memory",
+        )
+        assert server.load("a").status_code == 200

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -195,3 +197,53 @@ def test_it_is_off_unless_it_is_turned_on(tmp_path: Path, models_dir: Path) -> N
         assert server.load("talker", keep_alive_sec=1).status_code == 200
         await_left(server, "talker")
         assert code_of(server.chat("talker")) == (404, "model_not_found")
+
+
+def test_who_waits_for_room_is_told_and_whose_client_has_gone_waits_no_more(
+    tmp_path: Path, models_dir: Path
+) -> None:
+    settings = {
+        # For one of them.
+        "OPTA_LMX_MEMORY_BUDGET_BYTES": str(43_000_000),
+        "OPTA_LMX_LOAD_ON_DEMAND": "true",
+        "OPTA_LMX_MAX_QUEUE": "2",
+        "OPTA_LMX_STOP_GRACE_S": "1.2",
+        **FAST,
+    }
+    body = {"model": "secret", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+    with serve(tmp_path / "home", "--models-dir", str(models_dir), **settings) as server:
+
+        def ask(stack: contextlib.ExitStack) -> Iterator[str]:
+            url = "/v1/chat/completions"
+            answer = stack.enter_context(server.http.stream("POST", url, json=body))
+            assert answer.status_code == 200, answer.read()
+            lines = answer.iter_lines()
+            assert next(lines).startswith(":")
+            return lines
+
+        def obstruct() -> None:
+            """A model that has to go, and whose worker does not."""
+            assert server.chat("talker").status_code == 200
+            server.kill_worker("talker", signal.SIGSTOP)
+
+        obstruct()
+        with contextlib.ExitStack() as staying:
+            lines = ask(staying)
+            with contextlib.ExitStack() as leaving:
+                # Whose end would be that of the connection.
+                _unread = ask(leaving)
+                assert code_of(server.chat("secret")) == (429, "rate_limit_exceeded")
+            for _ in polls(10):
+                if (answer := server.chat("secret")).status_code != 429:
+                    break
+            assert answer.status_code == 200, answer.text
+            data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert text_of(data) == "Hello"
+        assert server.model("secret")["request_count"] == 2
+        # And when all of them have gone, nothing is loaded for them.
+        obstruct()
+        with contextlib.ExitStack() as leaving:
+            ask(leaving)
+        await_left(server, "talker")
+        assert server.chat("asked").status_code == 200
+        assert tracked(server) == {"asked"}

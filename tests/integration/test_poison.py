@@ -12,7 +12,12 @@ import pytest
 from tests.support.server import Server, serve, write_script
 
 COUNTING = [f"{number} " for number in range(60)]
-SETTINGS = {"OPTA_LMX_RESTART_DELAY_CAP_S": "0.05", "OPTA_LMX_FAILURE_THRESHOLD": "10"}
+SETTINGS = {
+    "OPTA_LMX_RESTART_DELAY_CAP_S": "0.05",
+    "OPTA_LMX_FAILURE_THRESHOLD": "10",
+    # Who comes while the model is restarted waits, as some of those that are sent at once may.
+    "OPTA_LMX_LOAD_ON_DEMAND": "true",
+}
 
 
 def ask(server: Server, content: str) -> dict[str, Any]:

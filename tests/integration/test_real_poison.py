@@ -16,7 +16,12 @@ from tests.support.tiny_gguf import add_tokenizer, write_tiny_gguf
 
 pytest.importorskip("llama_cpp")
 
-SETTINGS = {"OPTA_LMX_RESTART_DELAY_CAP_S": "0.05", "OPTA_LMX_FAILURE_THRESHOLD": "10"}
+SETTINGS = {
+    "OPTA_LMX_RESTART_DELAY_CAP_S": "0.05",
+    "OPTA_LMX_FAILURE_THRESHOLD": "10",
+    # Who comes while the model is restarted waits, as some of those that are sent at once may.
+    "OPTA_LMX_LOAD_ON_DEMAND": "true",
+}
 #: How a model splits text, of the many whose way llama.cpp leaves to ``std::regex``: at
 #: about 26,000 characters in one go that would overflow a stack of 8 MiB.
 RECURSING = ("gpt-4o", "deepseek-coder")

@@ -109,3 +109,17 @@ def test_auto_and_the_names_are_there_for_clients(server: Server) -> None:
     }
     assert listed["best"] == listed["brief"] == "steady"
     assert "hopeless" not in listed
+
+
+def test_an_operator_may_say_what_clients_say(server: Server) -> None:
+    server.chat("best")
+    server.await_state("crasher", "quarantined")
+    assert server.load("steady").status_code == 200
+    ambiguous = server.http.post("/admin/models/unload", json={"model_id": "best"})
+    assert (ambiguous.status_code, ambiguous.json()["error"]["code"]) == (400, "model_ambiguous")
+    released = server.http.post("/admin/models/preset:brief/release")
+    assert (released.status_code, released.json()["model_id"]) == (200, "crasher")
+    assert server.model("brief")["id"] == "steady"
+    unloaded = server.http.post("/admin/models/unload", json={"model_id": "best"})
+    assert (unloaded.status_code, unloaded.json()["model_id"]) == (200, "steady")
+    assert server.http.get("/admin/models/steady").status_code == 404

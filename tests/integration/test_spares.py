@@ -133,3 +133,63 @@ def test_it_goes_before_a_model_has_to(tmp_path: Path, models_dir: Path) -> None
         assert answer.status_code == 200, answer.text
         await_gone([spare["pid"]])
         assert server.model("talker")["readiness"]["state"] == "routable"
+
+
+#: The server believes that there is no memory left while a file is there.
+SHORT_OF_MEMORY = """
+import os
+from supervisor import memory_room, memory_watch
+really = memory_room.available_bytes
+def available_bytes():
+    return 0 if os.path.exists({flag!r}) else really()
+memory_room.available_bytes = memory_watch.available_bytes = available_bytes
+"""
+
+
+def test_it_goes_when_memory_is_short_and_comes_back_when_there_is_some(
+    tmp_path: Path, models_dir: Path
+) -> None:
+    flag = tmp_path / "short"
+    patch = SHORT_OF_MEMORY.format(flag=str(flag)) + (
+        "from supervisor import spares\nspares.NO_ROOM_S = 0.5\n"
+    )
+    settings = {**ON, "OPTA_LMX_MEMORY_INTERVAL_S": "0.2"}
+    with serve(
+        tmp_path / "home", "--models-dir", str(models_dir), patch=patch, **settings
+    ) as server:
+        assert server.load("talker").status_code == 200
+        spare = await_spare(server)
+        flag.touch()
+        await_gone([spare["pid"]])
+        server.await_text("memory is short")
+        view = server.model("talker")
+        assert view["readiness"]["state"] == "routable"
+        assert view["readiness"]["crash_count"] == 0
+        # There is no room for another, so none is made.
+        for _ in polls(2.5, 0.1):
+            assert [each["pid"] for each in spares(server)] in ([], [spare["pid"]])
+        flag.unlink()
+        await_spare(server, spare["pid"])
+
+
+def test_one_of_an_old_version_is_replaced(tmp_path: Path, models_dir: Path) -> None:
+    flag = tmp_path / "upgraded"
+    patch = f"""
+import os
+from supervisor import gate, spares
+spares.VERSIONS_S = 0.2
+really = gate.installed_backends
+def installed_backends(**options):
+    found = really(**options)
+    return found | {{"simulated": "2"}} if os.path.exists({str(flag)!r}) else found
+gate.installed_backends = installed_backends
+"""
+    with serve(tmp_path / "home", "--models-dir", str(models_dir), patch=patch, **ON) as server:
+        assert server.load("talker").status_code == 200
+        spare = await_spare(server)
+        flag.touch()
+        await_gone([spare["pid"]])
+        server.await_text("it has version 1, installed is 2")
+        flag.unlink()
+        another = await_spare(server, spare["pid"])
+        assert crash(server, "talker")["pid"] == another["pid"]

@@ -122,6 +122,9 @@ class NoDownloads(Downloads):
     ) -> LoadSpec | Operation | Asked:
         raise refusal
 
+    async def preview(self, refusal: CodedError, spec: LoadSpec) -> LoadSpec | Operation | Asked:
+        raise refusal
+
 
 @dataclass
 class FakeRecords(Records):
@@ -183,6 +186,9 @@ class FakeFleet(Fleet):
     records: FakeRecords = field(default_factory=FakeRecords)
     prepared: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     preparation_may_end: asyncio.Event | None = None
+    preparations_called_off: int = 0
+    #: What comes of a preparation, by model.
+    unprepared: dict[str, CodedError] = field(default_factory=dict)
     adopted: Settings | None = None
     #: What ``submit`` and inquiries say of single models.
     refusals: dict[str, CodedError] = field(default_factory=dict)
@@ -243,11 +249,20 @@ class FakeFleet(Fleet):
     def safe_start(self) -> str | None:
         return self.why_safe
 
+    def must_prepare(self, model_id: str) -> bool:
+        return self.preparation_may_end is not None
+
     async def prepare(self, model_id: str, options: Mapping[str, Any] = NO_OPTIONS) -> None:
         self.prepared.append((model_id, dict(options)))
         self._news.set()
         if self.preparation_may_end is not None:
-            await self.preparation_may_end.wait()
+            try:
+                await self.preparation_may_end.wait()
+            except asyncio.CancelledError:
+                self.preparations_called_off += 1
+                raise
+        if model_id in self.unprepared:
+            raise self.unprepared[model_id]
 
     def submit(
         self, model_id: str, request: Job, *, streaming: bool, resume: bool = True

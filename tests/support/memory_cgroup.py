@@ -17,8 +17,11 @@ class NotAllowed(Exception):
 
 
 @contextlib.contextmanager
-def memory_cgroup(limit: int) -> Iterator[Path]:
-    """Yields its folder; processes enter by their pid in ``cgroup.procs``. Bytes."""
+def memory_cgroup(limit: int, *, below: bool = False) -> Iterator[Path]:
+    """Yields its folder; processes enter by their pid in ``cgroup.procs``. Bytes.
+
+    ``below``: it is that of a group without a limit of its own, below the one with it.
+    """
     version1 = (_TOP / "memory").is_dir()
     folder = (_TOP / "memory" if version1 else _TOP) / f"test-{uuid.uuid4().hex[:8]}"
     try:
@@ -33,9 +36,29 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
                 (folder / "memory.swap.max").write_text("0")
         except OSError as error:
             raise NotAllowed(str(error)) from error
-        yield folder
+        with contextlib.ExitStack() as stack:
+            yield stack.enter_context(_child(folder)) if below else folder
     finally:
-        for _ in polls(10):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-                break
+        _remove(folder)
+
+
+@contextlib.contextmanager
+def _child(folder: Path) -> Iterator[Path]:
+    child = folder / "below"
+    try:
+        if (controls := folder / "cgroup.subtree_control").exists():
+            controls.write_text("+memory")
+        child.mkdir()
+    except OSError as error:
+        raise NotAllowed(str(error)) from error
+    try:
+        yield child
+    finally:
+        _remove(child)
+
+
+def _remove(folder: Path) -> None:
+    for _ in polls(10):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            break

@@ -6,6 +6,8 @@ events; who does not read it gets the response object as far as it is.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 
 import msgspec
@@ -16,17 +18,20 @@ from protocol.messages import Generate
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import JSON_TYPE
 from supervisor.gateway.following import Following
-from supervisor.gateway.generation import cancel, submit
+from supervisor.gateway.generation import cancel, release, submit
 from supervisor.gateway.openai.parameters import invalid_value, unsupported
 from supervisor.gateway.openai.responses_answers import Response
 from supervisor.gateway.openai.responses_events import ResponseEvents
 from supervisor.gateway.recordings import Recording
 from supervisor.gateway.scheduling import CONVERSATION_HEADER, Terms, key_digest
+from supervisor.gateway.starting import begun
 from supervisor.gateway.streaming import record_events
 from supervisor.stream import RequestStream
 
 #: When to ask again if every place is taken by a stream that runs.
 _RETRY_AFTER_S = 5.0
+#: So long it is waited for a refusal of a model that has to be loaded.
+_AT_ONCE_S = 1.0
 
 
 class Background:
@@ -63,14 +68,20 @@ class Background:
         recording.state = self._state
 
     async def start(self, model: str, generate: Generate, terms: Terms, started: float) -> None:
-        """Raises what ``submit`` does; what is refused later ends the response."""
+        """Raises what is refused at once; what is refused later ends the response."""
         gateway, call = self._gateway, self._call
+        streams = self._streams
         try:
-            streams = await submit(gateway, call, model, [generate], terms, streaming=True)
+            streams = self._streams = await submit(
+                gateway, call, model, [generate], terms, streaming=True
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_AT_ONCE_S):
+                    await begun(call)
         except BaseException:
             gateway.recordings.forget(self._recording)
+            release(gateway, call, streams)
             raise
-        self._streams = streams
         record_events(gateway, call, streams, self._begin, started, self._recording)
 
     def followed(self) -> HttpResponse:

@@ -65,10 +65,12 @@ class FakeActor:
 class FakeSpares:
     host: Host
     sizes: dict[int, int] = field(default_factory=dict)
+    #: What one of them may take.
+    plan: int = 0
 
     @property
-    def pids(self) -> list[int]:
-        return list(self.sizes)
+    def planned(self) -> dict[int, int]:
+        return dict.fromkeys(self.sizes, self.plan)
 
     async def drop(self) -> None:
         self.host.unloaded.append("spares")
@@ -217,6 +219,28 @@ async def test_spare_workers_go_before_any_model(host: Host) -> None:
     assert (preview.fits, preview.would_unload) == (True, [])
     await host.make()
     assert host.unloaded == ["spares"]
+
+
+async def test_what_a_spare_worker_will_take_is_promised_as_well(host: Host) -> None:
+    host.total = NEEDED + 60 * MB
+    host.spares.sizes[1], host.spares.plan = 10 * MB, 64 * MB
+    await host.make()
+    assert host.unloaded == ["spares"]
+    host.spares.sizes[1], host.spares.plan = 10 * MB, 60 * MB
+    await host.make(replace(MODEL, model_id="next"))
+    assert host.unloaded == ["spares"]
+
+
+async def test_a_spare_worker_needs_room_too(host: Host, tmp_path: Path) -> None:
+    host.total = 100 * MB + OVERHEAD_BYTES["llama"]
+    host.add("a", 60 * MB, 50.0, promised=100 * MB)
+    assert await host.room.has_room_for_spare("llama")
+    host.total -= 1
+    assert not await host.room.has_room_for_spare("llama")
+    # Nobody goes for it, though nothing else is checked.
+    host.services.settings = Settings(home=tmp_path, memory_check=False)
+    assert not await host.room.has_room_for_spare("llama")
+    assert host.unloaded == []
 
 
 async def test_a_preview_changes_nothing(host: Host) -> None:

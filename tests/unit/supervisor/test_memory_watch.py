@@ -12,6 +12,7 @@ from supervisor.oom_kills import OomKills
 from supervisor.trial import NAME
 
 LIMIT = 1_000
+MB = 1024 * 1024
 
 
 class _Actor:
@@ -99,3 +100,42 @@ async def test_what_is_on_trial_is_watched_as_well_and_loses_alone() -> None:
     trials[NAME] = tried
     await found._look()
     assert (loaded.failed, len(tried.failed)) == ([], 1)
+
+
+class _Spares:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def recall(self, _reason: str) -> bool:
+        left, self.count = self.count, max(0, self.count - 1)
+        return left > 0
+
+
+async def test_when_memory_is_short_spare_workers_go_before_any_model() -> None:
+    actor, spares = _Actor(), _Spares(1)
+    found = MemoryWatch({"m": actor}, OomKills(), interval_s=1.0, low_water=2**62, spares=spares)
+    actor.footprint = lambda generation, size: Footprint("m", generation, size, 900, None)  # type: ignore[method-assign]
+    found._meter = _Meter(900 * MB, 900 * MB)  # type: ignore[assignment]
+    await found._look()
+    assert (actor.failed, spares.count) == ([], 0)
+    await found._look()
+    assert len(actor.failed) == 1
+    assert "low-water mark" in actor.failed[0]
+
+
+async def test_a_limit_of_its_own_counts_while_spare_workers_go() -> None:
+    actor = _Actor()
+    spares = _Spares(1)
+    found = MemoryWatch({"m": actor}, OomKills(), interval_s=1.0, low_water=2**62, spares=spares)
+    found._meter = _Meter(LIMIT + 50, LIMIT + 20)  # type: ignore[assignment]
+    await found._look()
+    assert len(actor.failed) == 1
+    assert "its limit" in actor.failed[0]
+
+
+async def test_while_there_is_memory_spare_workers_stay() -> None:
+    spares = _Spares(1)
+    found = MemoryWatch({"m": _Actor()}, OomKills(), interval_s=1.0, low_water=0, spares=spares)
+    found._meter = _Meter(10, 10)  # type: ignore[assignment]
+    await found._look()
+    assert spares.count == 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from protocol.messages import PROTOCOL_VERSION, Hello, LoadFailed
+from protocol.messages import PROTOCOL_VERSION, Beat, Hello, LoadFailed, Phase
 from supervisor import spares
-from supervisor.spares import MAX_FAILURES, PATIENCE_S, Spares
+from supervisor.memory_plan import OVERHEAD_BYTES
+from supervisor.spares import MAX_FAILURES, NO_ROOM_S, PATIENCE_S, VERSIONS_S, Spares
 
 
 class FakeProcess:
@@ -24,6 +26,10 @@ class FakeProcess:
 
     def is_dead(self) -> bool:
         return self.exit_status is not None
+
+    async def stop(self, **_: object) -> bool:
+        self.exit_status = -15
+        return True
 
     def describe_exit(self) -> tuple[str, str]:
         return "exit", "exited"
@@ -41,6 +47,9 @@ class FakeWorker:
         pid, backend = self.process.pid, self.boot.backend
         self.listener.on_message(Hello(PROTOCOL_VERSION, "n", pid, 0, backend, version))
 
+    def beat(self) -> None:
+        self.listener.on_message(Beat(Phase.IDLE, 0, 0))
+
     def die(self) -> None:
         self.process.exit_status = 1
         self.listener.on_exit()
@@ -52,7 +61,9 @@ made: list[FakeWorker] = []
 class Rig:
     def __init__(self) -> None:
         self.in_use = {"llama"}
-        self.calm = True
+        self.calm = self.room = True
+        self.asked = 0
+        self.installed: dict[str, str | None] = {"llama": "1", "mlx": "1"}
         settings = SimpleNamespace(
             warm_spares=1,
             start_timeout_s=60.0,
@@ -61,11 +72,24 @@ class Rig:
             stop_grace_s=5.0,
         )
         services: Any = SimpleNamespace(settings=settings)
-        self.spares = Spares(services, in_use=lambda: self.in_use, calm=lambda: self.calm)
+        self.spares = Spares(
+            services,
+            in_use=lambda: self.in_use,
+            calm=lambda: self.calm,
+            has_room=self.has_room,
+            installed=self.find_installed,
+        )
 
-    def look(self) -> int:
+    async def has_room(self, _backend: str) -> bool:
+        self.asked += 1
+        return self.room
+
+    async def find_installed(self) -> dict[str, str | None]:
+        return dict(self.installed)
+
+    async def look(self) -> int:
         """Look once; how many workers were ever made."""
-        self.spares._look()
+        await self.spares._look()
         return len(made)
 
 
@@ -83,17 +107,17 @@ async def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
 
 async def test_one_for_each_backend_in_use_one_after_the_other(rig: Rig) -> None:
     rig.in_use = {"llama", "mlx"}
-    assert rig.look() == 1
-    assert rig.look() == 1
+    assert await rig.look() == 1
+    assert await rig.look() == 1
     made[0].greet()
-    assert rig.look() == 2
+    assert await rig.look() == 2
     made[1].greet()
-    assert rig.look() == 2
+    assert await rig.look() == 2
     assert {made[0].boot.backend, made[1].boot.backend} == {"llama", "mlx"}
 
 
 async def test_it_is_given_to_one_who_needs_this_version(rig: Rig) -> None:
-    rig.look()
+    await rig.look()
     assert rig.spares.take("llama", "1") is None
     made[0].greet("1")
     assert rig.spares.take("llama", "2") is None
@@ -101,13 +125,13 @@ async def test_it_is_given_to_one_who_needs_this_version(rig: Rig) -> None:
     taken: Any = rig.spares.take("llama", "1")
     assert taken is made[0]
     assert rig.spares.take("llama", "1") is None
-    assert rig.look() == 2
+    assert await rig.look() == 2
 
 
 async def test_a_dead_or_silent_one_is_given_to_nobody(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rig.look()
+    await rig.look()
     made[0].greet()
     now = time.monotonic()
     # It may have been stopped: not taken, and not given up yet.
@@ -125,27 +149,121 @@ async def test_it_waits_for_a_calm_moment_but_not_for_ever(
     rig.calm = False
     now = 1000.0
     monkeypatch.setattr("supervisor.spares.time.monotonic", lambda: now)
-    assert rig.look() == 0
+    assert await rig.look() == 0
     now += PATIENCE_S - 1
-    assert rig.look() == 0
+    assert await rig.look() == 0
     now += 2
-    assert rig.look() == 1
+    assert await rig.look() == 1
 
 
 async def test_a_backend_that_does_not_start_is_let_be(
     rig: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(MAX_FAILURES):
-        assert rig.look() == number + 1
+        assert await rig.look() == number + 1
         made[-1].listener.on_message(LoadFailed("model_unsupported_backend", "no library"))  # type: ignore[arg-type]
         made[-1].die()
-    assert rig.look() == MAX_FAILURES
+    assert await rig.look() == MAX_FAILURES
     assert "none starts" in caplog.text
 
 
 async def test_one_that_dies_later_is_replaced(rig: Rig) -> None:
     for number in range(2 * MAX_FAILURES):
-        assert rig.look() == number + 1
+        assert await rig.look() == number + 1
         made[-1].greet()
         made[-1].die()
     assert rig.spares.views() == []
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.monotonic()
+        monkeypatch.setattr("supervisor.spares.time.monotonic", lambda: self.now)
+
+    def go(self, seconds: float) -> None:
+        self.now += seconds
+        for worker in made:
+            worker.beat()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+async def settle(rig: Rig) -> None:
+    """Until those that were told to end have ended."""
+    await asyncio.gather(*(each._ending for each in rig.spares._spares if each._ending))
+
+
+async def test_one_that_was_called_off_has_not_failed(rig: Rig) -> None:
+    for number in range(2 * MAX_FAILURES):
+        assert await rig.look() == number + 1
+        assert rig.spares.recall("memory is short")
+        await settle(rig)
+
+
+async def test_none_is_made_where_there_is_no_room(rig: Rig, clock: Clock) -> None:
+    rig.room = False
+    assert await rig.look() == 0
+    clock.go(1)
+    # It is a look at every worker: not every second.
+    rig.room = True
+    assert await rig.look() == 0
+    assert rig.asked == 1
+    clock.go(NO_ROOM_S)
+    assert await rig.look() == 1
+
+
+async def test_they_are_recalled_together(rig: Rig) -> None:
+    assert not rig.spares.recall("memory is short")
+    await rig.look()
+    made[0].greet()
+    assert rig.spares.planned == {1: OVERHEAD_BYTES["llama"]}
+    assert rig.spares.recall("memory is short")
+    assert rig.spares.take("llama", "1") is None
+    await settle(rig)
+    assert not rig.spares.recall("memory is short")
+
+
+async def test_after_an_upgrade_another_takes_its_place(rig: Rig, clock: Clock) -> None:
+    await rig.look()
+    made[0].greet("1")
+    clock.go(VERSIONS_S)
+    assert await rig.look() == 1
+    rig.installed["llama"] = "2"
+    clock.go(VERSIONS_S)
+    await rig.look()
+    await settle(rig)
+    assert rig.spares.views() == []
+    assert await rig.look() == 2
+    made[1].greet("2")
+    assert rig.spares.take("llama", "2") is not None
+
+
+async def test_one_of_a_backend_that_is_gone_is_not_replaced(rig: Rig, clock: Clock) -> None:
+    await rig.look()
+    made[0].greet("1")
+    rig.installed["llama"] = None
+    clock.go(VERSIONS_S)
+    await rig.look()
+    await settle(rig)
+    assert rig.spares.views() == []
+    assert await rig.look() == 1
+
+
+async def test_a_version_that_is_never_the_installed_one_is_let_be(rig: Rig, clock: Clock) -> None:
+    for number in range(MAX_FAILURES):
+        assert await rig.look() == number + 1
+        made[-1].greet("odd")
+        clock.go(VERSIONS_S)
+        await rig.look()
+        await settle(rig)
+    assert rig.spares.views() == []
+    assert await rig.look() == MAX_FAILURES
+    # Another version may be another thing.
+    rig.installed["llama"] = "odd"
+    clock.go(VERSIONS_S)
+    assert await rig.look() == MAX_FAILURES + 1

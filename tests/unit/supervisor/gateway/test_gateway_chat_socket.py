@@ -555,3 +555,23 @@ async def test_what_outlasts_the_grace_is_told(serve: Serve, fleet: FakeFleet) -
     frames = await hear_all(socket)
     assert frames[-1]["error"]["code"] == "server_shutting_down"
     await socket.close()
+
+
+async def test_who_waits_for_a_model_is_told_and_holds_nobody_up(
+    serve: Serve, fleet: FakeFleet
+) -> None:
+    fleet.preparation_may_end = asyncio.Event()
+    async with serve(load_on_demand=True, sse_keepalive_s=0.02) as url, opened(url) as socket:
+        await ask(socket, "a")
+        await ask(socket, "b")
+        assert await fleet.preparation(1) == "m"
+        assert await hear(socket) == {"type": "chat.keepalive", "id": "a"}
+        await say(socket, type="chat.cancel", id="a")
+        [done] = [
+            frame for frame in await hear_all(socket, "a") if frame["type"] != "chat.keepalive"
+        ]
+        assert (done["type"], done["finish_reason"]) == ("chat.done", "cancelled")
+        assert fleet.preparations_called_off == 1
+        fleet.preparation_may_end.set()
+        assert (await hear_all(socket, "b"))[-1]["finish_reason"] == "stop"
+        assert len(fleet.requests) == 1
