@@ -33,7 +33,7 @@ from supervisor.resting import Resting
 from supervisor.services import open_services
 from supervisor.settings import Settings
 from supervisor.spares import Spares
-from supervisor.status import unstable
+from supervisor.status import note_refusal, unstable
 from supervisor.stream import RequestStream
 from supervisor.views import LoadResult, ModelView, ProbeResult, SpareView
 
@@ -61,7 +61,8 @@ class Fleet:
         self._on_autoload = on_autoload
         self._services = services = open_services(settings, metrics)
         self._accounts = services.accounts
-        self.downloads = Downloads(settings, services.server_mark, self.load)
+        self.journal = services.journal
+        self.downloads = Downloads(settings, services.server_mark, self.load, self.journal)
         # Nobody else runs workers of this home: its lock is ours.
         swept = [*services.ledger.sweep(), *kill_marked(home_mark(settings.home))]
         if left := await_gone(swept, SWEEP_TIMEOUT_S):
@@ -275,7 +276,7 @@ class Fleet:
             low_water=settings.memory_low_water_bytes,
             trials=self._prober.trials,
         )
-        idle = IdleWatch(self._actors, lambda: self._services.settings.keep_alive_sec)
+        idle = IdleWatch(self._actors, lambda: self._services.settings.keep_alive_sec, self.journal)
         self._tasks = [
             asyncio.create_task(autoload, name="autoload"),
             asyncio.create_task(watch.run(), name="memory watch"),
@@ -362,7 +363,7 @@ class Fleet:
                     if self._is_free(model_id, actor):
                         return self._wake(actor, model, spec)
         except CodedError as error:
-            log.warning("%s: load refused: %s (%s)", model_id, error.message, error.code)
+            note_refusal(self.journal, model_id, error)
             raise
         finally:
             self._leave_gate(model_id)

@@ -90,6 +90,12 @@ class Metrics:
         self._restarts = Counter(
             "opta_lmx_worker_restarts", "Respawns of workers", ["model"], registry=self._registry
         )
+        self._convictions = Counter(
+            "opta_lmx_convictions",
+            "Requests found to be to blame for a crash",
+            ["model"],
+            registry=self._registry,
+        )
         self._resumed = Counter(
             "opta_lmx_resumed_answers",
             "Answers that went on after a crash of their model, by how they ended",
@@ -140,6 +146,9 @@ class Metrics:
 
     def worker_restarted(self, model: str) -> None:
         self._restarts.labels(model).inc()
+
+    def convicted(self, model: str) -> None:
+        self._convictions.labels(model).inc()
 
     def canary_ended(self, model: str, outcome: str) -> None:
         self._canaries.labels(model, outcome).inc()

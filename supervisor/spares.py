@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from protocol.handshake import HandshakeError, verify_hello
 from protocol.messages import FromWorker, Hello, LoadFailed
 from supervisor.footprint import resident_gb
+from supervisor.journal import SpareChanged
 from supervisor.marks import end_helpers
 from supervisor.services import Services
 from supervisor.views import SpareView
@@ -40,6 +41,7 @@ class Spare:
 
     def __init__(self, backend: str, services: Services, on_end: Callable[[Spare], None]) -> None:
         self.backend = backend
+        self._journal = services.journal
         self._on_end = on_end
         self._settings = services.settings
         self._failure = ""
@@ -70,6 +72,7 @@ class Spare:
     def taken(self) -> Worker:
         """Give it away: from here on somebody else listens."""
         self._timer.cancel()
+        self.tell("taken")
         return self.worker
 
     def dismiss(self, reason: str) -> None:
@@ -83,6 +86,11 @@ class Spare:
         self.dismiss("it is not needed any more")
         assert self._ending is not None
         await asyncio.shield(self._ending)
+
+    def tell(self, status: str, reason: str = "") -> None:
+        """Say what became of it."""
+        pid = self.worker.process.pid
+        self._journal.add(SpareChanged(backend=self.backend, pid=pid, status=status, reason=reason))
 
     def view(self) -> SpareView:
         hello, pid = self.worker.hello, self.worker.process.pid
@@ -109,6 +117,7 @@ class Spare:
             return
         self._timer.cancel()
         self.worker.hello = message
+        self.tell("ready")
 
     def on_violation(self, reason: str) -> None:
         self.dismiss(reason)
@@ -214,6 +223,7 @@ class Spares:
             return
         self._spares.remove(spare)
         log.info("%s: ended: %s", spare.worker.process.name, spare.failure)
+        spare.tell("ended", spare.failure)
         if spare.worker.hello is None:
             self._failures[spare.backend] += 1
             if self._failures[spare.backend] == MAX_FAILURES:

@@ -6,6 +6,7 @@ Names under ``/admin/models`` that are routes of their own (``load``, ``unload``
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -25,6 +26,7 @@ from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.cancellation import cancel_request
 from supervisor.gateway.chat_socket import ChatSocket, no_upgrade
 from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
+from supervisor.gateway.events import EVENTS, follow_events
 from supervisor.gateway.following import delete_stream, follow_stream
 from supervisor.gateway.openai import models
 from supervisor.gateway.openai.chat import chat_completions
@@ -45,6 +47,7 @@ from supervisor.gateway.reload import RELOAD, reload_config
 from supervisor.gateway.rerank import rerank
 from supervisor.gateway.running import RunningCalls
 from supervisor.gateway.websocket import CHAT_STREAM
+from supervisor.journal import ServerStarted
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
 
@@ -73,10 +76,13 @@ def application(gateway: Gateway) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[None]:
+        version = metadata.version("opta-lmx")
+        fleet.journal.add(ServerStarted(version=version, pid=os.getpid()))
         await fleet.start()
         try:
             yield
         finally:
+            fleet.journal.close()
             await fleet.stop()
             await gateway.recordings.close()
 
@@ -145,6 +151,7 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
         route("/admin/models/compatibility/regressions", Side.ADMIN, {"GET": records.regressions}),
         route(RELOAD, Side.ADMIN, {"POST": reload_config}),
         route("/admin/presets", Side.ADMIN, {"GET": presets.list_presets}),
+        route(EVENTS, Side.ADMIN, {"GET": follow_events}),
         route("/admin/incidents", Side.ADMIN, {"GET": records.list_incidents}),
         route("/admin/incidents/{id}", Side.ADMIN, {"GET": records.get_incident}),
         # Only for POST, so that a model called "org/release" can still be looked at.

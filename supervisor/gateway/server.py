@@ -203,6 +203,8 @@ class Server(uvicorn.Server):
                     await self.exit_asked.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Who follows what happens is not waited for: from here on they would see no end.
+        self._fleet.journal.close()
         stopping = asyncio.create_task(self._stop_fleet_after_grace())
         try:
             await super().shutdown(sockets)

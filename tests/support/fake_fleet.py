@@ -27,6 +27,7 @@ from supervisor.downloads.downloads import Asked, Downloads
 from supervisor.downloads.operation import Operation
 from supervisor.fleet import Fleet
 from supervisor.gate import NO_OPTIONS, LoadSpec
+from supervisor.journal import Journal
 from supervisor.probe import ProbeSpec
 from supervisor.records import Records
 from supervisor.settings import Settings
@@ -197,6 +198,7 @@ class FakeFleet(Fleet):
     max_buffer_bytes: int | None = None
     capacity: int | None = None
     on_start: Callable[[], None] | None = None
+    journal: Journal = field(default_factory=Journal)
     downloads: Downloads = field(default_factory=NoDownloads)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -93,7 +93,7 @@ LEAVES_MAY_IMPORT = {
     },
     "incidents": {"jsonfile"},
     "casefile": {"incidents"},
-    "status": {"lifecycle", "quarantine"},
+    "status": {"journal", "lifecycle", "quarantine"},
     "ledger": {"jsonfile"},
 }
 EVERYONE_MAY_IMPORT = {"settings", "views"}

@@ -18,6 +18,7 @@ from supervisor import memory_room
 from supervisor.footprint import Usage
 from supervisor.gate import ModelSpec
 from supervisor.geometry import Geometry
+from supervisor.journal import Journal
 from supervisor.memory_lessons import MemoryLessons
 from supervisor.memory_plan import OVERHEAD_BYTES
 from supervisor.memory_room import MemoryRoom
@@ -88,7 +89,9 @@ class Host:
         spares: Any = self.spares
         settings.setdefault("memory_low_water_bytes", 0)
         self.services = SimpleNamespace(
-            settings=Settings(home=tmp_path, **settings), lessons=MemoryLessons(tmp_path)
+            settings=Settings(home=tmp_path, **settings),
+            lessons=MemoryLessons(tmp_path),
+            journal=Journal(),
         )
         services: Any = self.services
         self.room = MemoryRoom(self.actors, services, spares)

@@ -10,6 +10,7 @@ import pytest
 
 from protocol.messages import PROTOCOL_VERSION, Hello, LoadFailed
 from supervisor import spares
+from supervisor.journal import Journal
 from supervisor.spares import MAX_FAILURES, PATIENCE_S, Spares
 
 
@@ -56,7 +57,7 @@ class Rig:
         settings = SimpleNamespace(
             warm_spares=1, start_timeout_s=60.0, beat_timeout_s=30.0, stop_grace_s=5.0
         )
-        services: Any = SimpleNamespace(settings=settings)
+        services: Any = SimpleNamespace(settings=settings, journal=Journal())
         self.spares = Spares(services, in_use=lambda: self.in_use, calm=lambda: self.calm)
 
     def look(self) -> int:

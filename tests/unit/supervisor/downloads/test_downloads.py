@@ -16,6 +16,7 @@ from supervisor.downloads.downloads import Asked, Downloads
 from supervisor.downloads.messages import FetchJob, Job, Plan, PlanJob, PlannedFile, Progress
 from supervisor.downloads.operation import Operation
 from supervisor.gate import LoadSpec
+from supervisor.journal import Journal
 from supervisor.settings import ModelSetting, Settings
 from supervisor.views import LoadResult
 from tests.support.fake_fleet import readiness
@@ -93,7 +94,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
 
 def make(home: Path, played: Played, **settings: object) -> Downloads:
     given = {"hub_cache_dir": home / "cache", "download_disk_reserve_bytes": 0, **settings}
-    return Downloads(Settings(home=home, **given), "mark:", played.load)  # type: ignore[arg-type]
+    return Downloads(Settings(home=home, **given), "mark:", played.load, Journal())  # type: ignore[arg-type]
 
 
 @pytest.fixture
