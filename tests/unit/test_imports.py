@@ -125,6 +125,7 @@ NOT_LEAVES = {
     "config",
     "chat_session",
     "pull",
+    "watching",
 }
 
 
