@@ -183,7 +183,10 @@ class IncidentStore:
             try:
                 await asyncio.to_thread(self._write_now, incidents, surplus)
             except Exception as error:
+                jsonfile.note_written(self._folder, error)
                 log.error("cannot write incidents: %s", error)
+            else:
+                jsonfile.note_written(self._folder, None)
 
     def _write_now(self, incidents: Sequence[Incident], surplus: Sequence[str]) -> None:
         for old in surplus:

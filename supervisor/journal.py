@@ -161,11 +161,12 @@ class Journal:
     """The newest events of this start of the server, numbered from 0.
 
     Methods run on the event loop, and never wait nor fail. ``start_id`` tells this start
-    from others.
+    from others; ``started_at`` is in epoch seconds.
     """
 
     def __init__(self, max_events: int = MAX_EVENTS) -> None:
         self.start_id = secrets.token_hex(4)
+        self.started_at = time.time()
         self._events: deque[Kept] = deque(maxlen=max_events)
         self._listeners: set[Callable[[], None]] = set()
         #: By model and code, when it was told.

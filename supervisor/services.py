@@ -41,6 +41,8 @@ class Services:
     oom_kills: OomKills
     lessons: MemoryLessons
     journal: Journal = field(default_factory=Journal)
+    #: Processes that did not end although they were killed.
+    left_behind: set[int] = field(default_factory=set)
 
     async def flush(self) -> None:
         """Wait for all that is to be kept to be on disk."""

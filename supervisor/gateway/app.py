@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from protocol.errors import CodedError, ErrorCode
 from supervisor.config import names_of
 from supervisor.fleet import Fleet
-from supervisor.gateway import admin, downloads, health, presets, records, tokens
+from supervisor.gateway import admin, downloads, health, presets, records, status, tokens
 from supervisor.gateway.anthropic import messages
 from supervisor.gateway.anthropic.errors import refusal
 from supervisor.gateway.auth import Guard, Side
@@ -73,6 +73,8 @@ def application(gateway: Gateway) -> ASGIApp:
     """The application; its lifespan starts and stops the fleet."""
     fleet = gateway.fleet
     gateway.metrics.watch(fleet.models)
+    recordings = gateway.recordings
+    gateway.metrics.watch_recordings(recordings.__len__, lambda: recordings.size)
 
     @asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[None]:
@@ -109,6 +111,8 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
     return [
         route("/healthz", Side.OPEN, {"GET": health.healthz}),
         route("/readyz", Side.OPEN, {"GET": health.readyz}),
+        route("/admin/health", Side.ADMIN, {"GET": status.get_health}),
+        route("/admin/status", Side.ADMIN, {"GET": status.get_status}),
         route("/metrics", Side.METRICS, {"GET": health.metrics}),
         route("/v1/chat/completions", Side.INFERENCE, {"POST": chat_completions}),
         route("/v1/completions", Side.INFERENCE, {"POST": completions}),

@@ -38,8 +38,10 @@ from supervisor.gateway.presets import Presets
 from supervisor.gateway.probe import ProbeRequest
 from supervisor.gateway.reload import RELOAD, Reloaded
 from supervisor.gateway.rerank import Ranking, RerankRequest
+from supervisor.gateway.status import Status
 from supervisor.gateway.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from supervisor.gateway.websocket import CHAT_STREAM
+from supervisor.health import Health
 from supervisor.views import LoadResult, ModelView, ProbeResult
 
 OPENAPI = "/openapi.json"
@@ -93,6 +95,8 @@ BODIES: Mapping[str, Body] = {
     "/admin/presets": Body(None, Presets),
     RELOAD: Body(None, Reloaded),
     EVENTS: Body(None, streams=True),
+    "/admin/health": Body(None, Health),
+    "/admin/status": Body(None, Status),
     "/admin/models/load": Body(LoadRequest, LoadResult),
     CONFIRM: Body(ConfirmRequest),
     "/admin/models/download": Body(DownloadRequest),
