@@ -65,6 +65,28 @@ def models(
 
 
 @app.command()
+def status(url: Url = None, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Tell how the server is, what it holds, and what it has done since its start."""
+    from supervisor.summary import status_lines
+
+    with _connected(url, admin_key=admin_key) as client:
+        found = client.admin("GET", "/admin/status")
+    _show_lines(found, status_lines, as_json=as_json)
+
+
+@app.command()
+def health(url: Url = None, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Tell whether every promise is kept; status 1 if not, or if the server cannot be reached."""
+    from supervisor.summary import health_lines
+
+    with _connected(url, admin_key=admin_key) as client:
+        found = client.admin("GET", "/admin/health")
+    _show_lines(found, health_lines, as_json=as_json)
+    if found["status"] != "ok":
+        raise typer.Exit(1)
+
+
+@app.command()
 def events(
     model: Annotated[str | None, typer.Option(help="Only what is about this model.")] = None,
     kind: Annotated[
@@ -346,6 +368,16 @@ def _show(
         _print_json(found)
     else:
         print_table(columns, map(cells, found))
+
+
+def _show_lines(
+    found: Mapping[str, Any], lines: Callable[[Mapping[str, Any]], Sequence[str]], *, as_json: bool
+) -> None:
+    if as_json:
+        _print_json(found)
+        return
+    for line in lines(found):
+        typer.echo(plain(line))
 
 
 def _note(text: str) -> None:

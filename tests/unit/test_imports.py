@@ -93,7 +93,7 @@ LEAVES_MAY_IMPORT = {
         "stream",
     },
     "incidents": {"jsonfile"},
-    "health": set(),
+    "summary": {"terminal"},
     "casefile": {"incidents"},
     "status": {"journal", "lifecycle", "quarantine"},
     "ledger": {"jsonfile"},

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -513,3 +514,23 @@ def test_events(url: str, fleet: FakeFleet) -> None:
     assert wrong.exit_code == 1
     assert "model_changed" in wrong.stderr
     assert opta("events", "--url", url, env={}).exit_code == 1
+
+
+def test_status_and_health(url: str, fleet: FakeFleet) -> None:
+    told = opta("status", "--url", url)
+    assert told.exit_code == 0
+    assert told.stdout.startswith("health: ok\nserver: ")
+    assert "model: org/m routable (ready) on simulated, 0.50 GB" in told.stdout
+    assert "requests: 1 running, 0 queued" in told.stdout
+    assert "0.50 GB held by workers, 1.00 GB promised, 8.00 GB available" in told.stdout
+    assert json.loads(opta("status", "--json", "--url", url).stdout)["pid"] == os.getpid()
+    well = opta("health", "--url", url)
+    assert (well.exit_code, well.stdout) == (0, "ok\n")
+    fleet.overview.facts = replace(fleet.overview.facts, left=[4711])
+    ill = opta("health", "--url", url)
+    assert ill.exit_code == 1
+    assert ill.stdout.splitlines() == [
+        "degraded",
+        "  process_left_behind: process 4711 should have ended, and holds its memory",
+    ]
+    assert json.loads(opta("health", "--json", "--url", url).stdout)["status"] == "degraded"
