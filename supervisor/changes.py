@@ -73,11 +73,15 @@ def shown(settings: Settings) -> dict[str, Any]:
     return {name: _shown(name, getattr(settings, name)) for name in names}
 
 
+def without_logins(text: str) -> str:
+    """The same, but for names and passwords in URLs."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
 def _shown(name: str, value: Any) -> Any:
     if name.endswith("_key"):
         return None if value is None else SECRET
     if name == "hub_endpoint" and value is not None:
-        # It may have a password in it.
-        return re.sub(r"//[^/@]*@", "//", value)
+        return without_logins(value)
     # What else there is are paths.
     return msgspec.to_builtins(value, enc_hook=str)

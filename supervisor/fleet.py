@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +37,6 @@ from supervisor.status import note_refusal, unstable
 from supervisor.stream import RequestStream
 from supervisor.sweep import sweep
 from supervisor.views import LoadResult, ModelView, ProbeResult, SpareView
-
-log = logging.getLogger(__name__)
 
 
 class Fleet:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor import logs
-from supervisor.changes import Change, Changes, changes, in_effect
+from supervisor.changes import Change, Changes, changes, in_effect, without_logins
 from supervisor.config import ConfigError, names_of
 from supervisor.gateway.auth import BindRefused, require_keys
 from supervisor.gateway.endpoint import Call, Gateway
@@ -63,7 +63,7 @@ async def reload(gateway: Gateway) -> Changes:
             new = await asyncio.to_thread(_read, gateway)
         except (ConfigError, BindRefused) as error:
             log.error("the configuration is not reloaded, nothing has changed: %s", error)
-            gateway.fleet.journal.add(ConfigRefused(message=str(error)))
+            gateway.fleet.journal.add(ConfigRefused(message=without_logins(str(error))))
             raise CodedError(ErrorCode.INVALID_VALUE, str(error)) from error
         new.adopt()
         gateway.settings, gateway.names = new.effective, new.names

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,6 +151,10 @@ async def test_idle_models_make_room_the_least_recently_used_first(host: Host) -
     await host.make(replace(MODEL, model_id="wanted"))
     assert host.unloaded == ["old"]
     assert set(host.actors) == {"new", "busy"}
+    assert host.services.journal.end == 1
+    event = msgspec.json.decode(host.services.journal.at(0).data)
+    assert (event["event"], event["model"]) == ("model_evicted", "old")
+    assert event["made_room_for"] == "wanted"
 
 
 async def test_a_load_that_would_not_fit_anyway_costs_nobody_anything(host: Host) -> None:

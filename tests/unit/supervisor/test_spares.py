@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from protocol.messages import PROTOCOL_VERSION, Hello, LoadFailed
@@ -57,8 +58,13 @@ class Rig:
         settings = SimpleNamespace(
             warm_spares=1, start_timeout_s=60.0, beat_timeout_s=30.0, stop_grace_s=5.0
         )
-        services: Any = SimpleNamespace(settings=settings, journal=Journal())
+        self.journal = Journal()
+        services: Any = SimpleNamespace(settings=settings, journal=self.journal)
         self.spares = Spares(services, in_use=lambda: self.in_use, calm=lambda: self.calm)
+
+    def told(self) -> list[tuple[str, str]]:
+        kept = (self.journal.at(number).data for number in range(self.journal.end))
+        return [(event["status"], event["reason"]) for event in map(msgspec.json.decode, kept)]
 
     def look(self) -> int:
         """Look once; how many workers were ever made."""
@@ -98,6 +104,7 @@ async def test_it_is_given_to_one_who_needs_this_version(rig: Rig) -> None:
     taken: Any = rig.spares.take("llama", "1")
     assert taken is made[0]
     assert rig.spares.take("llama", "1") is None
+    assert rig.told() == [("ready", ""), ("taken", "")]
     assert rig.look() == 2
 
 
