@@ -117,6 +117,9 @@ class Generate(Message, frozen=True):
 
     ``resume_tokens`` are what a worker that is no more had made of the answer: it goes on
     behind them, and of what they mean nothing is told again. They count in ``max_tokens``.
+
+    ``accepted_at``, in epoch seconds, is what a chat template takes for now, however often and
+    whenever the request is run (None: the time of the run).
     """
 
     request_id: int
@@ -140,6 +143,7 @@ class Generate(Message, frozen=True):
     cache_prompt: bool = True
     raw: bool = False
     resume_tokens: list[int] = []
+    accepted_at: float | None = None
 
 
 class Tokenize(Message, frozen=True):

@@ -72,14 +72,7 @@ class Actor:
         self._load_waiters = LoadWaiters()
         self._changed = asyncio.Event()
         self._share = MemoryShare(spec, services.lessons)
-        self._recorder = Recorder(
-            spec,
-            registry=services.registry,
-            incidents=services.incidents,
-            fingerprints=services.fingerprints,
-            convicts=services.convicts,
-            metrics=services.metrics,
-        )
+        self._recorder = Recorder(spec, services)
         self._loaded_at: float | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -340,7 +333,7 @@ class Actor:
                 log.exception("%s: %s", self.spec.model_id, type(command).__name__)
         after = self._state
         if after is not before:
-            status.log_transition(self.spec.model_id, before, after)
+            self._recorder.turned(before, after)
             self._wake()
         if after is None:
             self._on_untracked()
@@ -361,7 +354,7 @@ class Actor:
                 timeout_s = services.settings.canary_timeout_s
                 self._prover.start(self._generation.model, command, timeout_s=timeout_s)
             case lifecycle.ScheduleRestart():
-                services.metrics.worker_restarted(spec.model_id)
+                self._recorder.restarts(command)
                 self._post_later(command.delay_s, lifecycle.RestartDue(command.generation))
             case lifecycle.WatchProbation():
                 self._post_later(command.after_s, lifecycle.ProbationServed(command.generation))

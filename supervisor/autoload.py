@@ -56,6 +56,8 @@ class Autoload:
             )
             log.error("%s", self.safe_start)
         self._unclean = before + 1
+        #: Models that were not loaded, and why.
+        self.failures: dict[str, str] = {}
 
     async def run(
         self,
@@ -79,6 +81,8 @@ class Autoload:
                 # One model's trouble must not keep the others from being loaded.
                 log.exception("%s: not loaded", spec.model_id)
                 failure = CodedError(ErrorCode.INTERNAL_ERROR, str(error))
+            if failure is not None:
+                self.failures[spec.model_id] = f"{failure.message} ({failure.code})"
             done(spec.model_id)
             try:
                 report(spec.model_id, failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -66,8 +67,21 @@ def in_effect(before: Settings, after: Settings) -> Settings:
     return msgspec.structs.replace(before, **{name: getattr(after, name) for name in LIVE})
 
 
+def shown(settings: Settings) -> dict[str, Any]:
+    """All settings as they may be told, but for what names stand for, which has a route."""
+    names = (each for each in Settings.__struct_fields__ if each not in ("aliases", "presets"))
+    return {name: _shown(name, getattr(settings, name)) for name in names}
+
+
+def without_logins(text: str) -> str:
+    """The same, but for names and passwords in URLs."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
 def _shown(name: str, value: Any) -> Any:
     if name.endswith("_key"):
         return None if value is None else SECRET
+    if name == "hub_endpoint" and value is not None:
+        return without_logins(value)
     # What else there is are paths.
     return msgspec.to_builtins(value, enc_hook=str)

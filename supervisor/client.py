@@ -11,6 +11,8 @@ from urllib.parse import quote
 import httpx
 
 _CONNECT_S = 5.0
+#: Longer than servers leave a stream without a comment.
+_SILENCE_S = 60.0
 
 _NOT_UTF8 = "the request cannot be sent: its text is not valid UTF-8"
 
@@ -186,6 +188,19 @@ class Client:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
         return _value(response.status_code, response.content)
+
+    def admin_lines(self, path: str, headers: Mapping[str, str]) -> Iterator[str]:
+        """The lines of an answer that comes bit by bit, and is never silent for long."""
+        timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
+        try:
+            with self._http.stream(
+                "GET", self._url + path, headers={**self._admin, **headers}, timeout=timeout
+            ) as response:
+                if response.status_code != 200:
+                    _value(response.status_code, response.read())
+                yield from response.iter_lines()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from error
 
     def models(self) -> list[dict[str, Any]]:
         models: list[dict[str, Any]] = self.admin("GET", "/admin/models")["models"]

@@ -65,6 +65,59 @@ def models(
 
 
 @app.command()
+def status(url: Url = None, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Tell how the server is, what it holds, and what it has done since its start."""
+    from supervisor.summary import status_lines
+
+    with _connected(url, admin_key=admin_key) as client:
+        found = client.admin("GET", "/admin/status")
+    _show_lines(found, status_lines, as_json=as_json)
+
+
+@app.command()
+def health(url: Url = None, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Tell whether every promise is kept; status 1 if not, or if the server cannot be reached."""
+    from supervisor.summary import health_lines
+
+    with _connected(url, admin_key=admin_key) as client:
+        found = client.admin("GET", "/admin/health")
+    _show_lines(found, health_lines, as_json=as_json)
+    if found["status"] != "ok":
+        raise typer.Exit(1)
+
+
+@app.command()
+def events(
+    model: Annotated[str | None, typer.Option(help="Only what is about this model.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only events of this kind; may be repeated.")
+    ] = None,
+    history: Annotated[
+        bool, typer.Option("--history", help="First what has happened, as far as it is kept.")
+    ] = False,
+    follow: Annotated[bool, typer.Option(help="Wait for what is to come.")] = True,
+    url: Url = None,
+    admin_key: AdminKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each.")] = False,
+) -> None:
+    """Tell what happens to the server, as it happens, also after its restarts."""
+    import json
+
+    from supervisor.watching import line, watch
+
+    query = {"model": model or [], "kind": kind or []}
+    with _connected(url, admin_key=admin_key) as client:
+        told = watch(client, query, _note, history=history or not follow, follow=follow)
+        try:
+            for event in told:
+                data = json.dumps({"id": event.id, **event.value})
+                typer.echo(data if as_json else plain(line(event)))
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+@app.command()
 def presets(
     url: Url = None,
     admin_key: AdminKey = None,
@@ -317,6 +370,20 @@ def _show(
         _print_json(found)
     else:
         print_table(columns, map(cells, found))
+
+
+def _show_lines(
+    found: Mapping[str, Any], lines: Callable[[Mapping[str, Any]], Sequence[str]], *, as_json: bool
+) -> None:
+    if as_json:
+        _print_json(found)
+        return
+    for line in lines(found):
+        typer.echo(plain(line))
+
+
+def _note(text: str) -> None:
+    typer.echo(f"({plain(text)})", err=True)
 
 
 def _print_json(found: object) -> None:

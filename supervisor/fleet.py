@@ -19,10 +19,11 @@ from supervisor.downloads.downloads import Downloads
 from supervisor.gate import NO_OPTIONS, Gate, LoadSpec
 from supervisor.idle_watch import IdleWatch
 from supervisor.loads import Loads
-from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
+from supervisor.marks import Janitor
 from supervisor.memory_room import MemoryRoom, Preview
 from supervisor.memory_watch import MemoryWatch
 from supervisor.metrics import Metrics
+from supervisor.overview import Overview
 from supervisor.probe import Prober, ProbeSpec
 from supervisor.quarantine import release
 from supervisor.records import Records
@@ -32,12 +33,10 @@ from supervisor.settings import Settings
 from supervisor.spares import Spares
 from supervisor.status import unstable
 from supervisor.stream import RequestStream
+from supervisor.sweep import sweep
 from supervisor.views import LoadResult, ModelView, ProbeResult, SpareView
 
 log = logging.getLogger(__name__)
-
-#: How long a start waits for what an earlier server left: it holds memory until it ends.
-SWEEP_TIMEOUT_S = 10.0
 
 
 class Fleet:
@@ -58,11 +57,9 @@ class Fleet:
         self._on_autoload = on_autoload
         self._services = services = open_services(settings, metrics)
         self._accounts = services.accounts
-        self.downloads = Downloads(settings, services.server_mark, self.load)
-        # Nobody else runs workers of this home: its lock is ours.
-        swept = [*services.ledger.sweep(), *kill_marked(home_mark(settings.home))]
-        if left := await_gone(swept, SWEEP_TIMEOUT_S):
-            log.error("left by an earlier server, and they do not end: %s", left)
+        self.journal = services.journal
+        self.downloads = Downloads(settings, services.server_mark, self.load, self.journal)
+        sweep(services)
         self._gate = Gate(settings, services.registry, blocklist)
         #: What can be looked up without a model.
         self.records: Records = Records(services.registry, services.incidents, lambda: self._gate)
@@ -73,6 +70,10 @@ class Fleet:
         )
         self._janitor: Janitor | None = None
         self._actors: dict[str, Actor] = {}
+        #: What can be asked about all of it.
+        self.overview: Overview = Overview(
+            *(self._actors, services, self.models, self._configured, self.records.installed)
+        )
         self._spares = Spares(
             services,
             in_use=self._backends_in_use,
@@ -263,7 +264,7 @@ class Fleet:
             trials=self._prober.trials,
             spares=self._spares,
         )
-        idle = IdleWatch(self._actors, lambda: self._services.settings.keep_alive_sec)
+        idle = IdleWatch(self._actors, lambda: self._services.settings.keep_alive_sec, self.journal)
         self._tasks = [
             asyncio.create_task(autoload, name="autoload"),
             asyncio.create_task(watch.run(), name="memory watch"),

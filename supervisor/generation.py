@@ -100,6 +100,7 @@ class Generation:
         self._name = f"{spec.model_id} (generation {number})"
         self._settings = settings
         self._oom_kills = services.oom_kills
+        self._left_behind = services.left_behind
         self._requests = requests
         self._post = post
         self._loop = asyncio.get_running_loop()
@@ -178,6 +179,7 @@ class Generation:
         if await self._process.stop(grace_s=self._settings.stop_grace_s, broken=broken):
             return
         self.stuck = f"its process {self.pid} cannot be killed: it hangs in the kernel"
+        self._left_behind.add(self.pid)
         log.critical(
             "%s: %s, with its memory. It is left alone, and everything else goes on",
             self._name,

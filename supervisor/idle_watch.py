@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.actor import Actor
+from supervisor.journal import Journal, ModelEvicted
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +24,14 @@ class IdleWatch:
     """
 
     def __init__(
-        self, actors: Mapping[str, Actor], keep_alive_sec: Callable[[], int | None]
+        self,
+        actors: Mapping[str, Actor],
+        keep_alive_sec: Callable[[], int | None],
+        journal: Journal,
     ) -> None:
         self._actors = actors
         self._keep_alive_sec = keep_alive_sec
+        self._journal = journal
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -46,3 +51,5 @@ class IdleWatch:
             actor.unload(ErrorCode.MODEL_UNLOADED, f"it was idle for {keep_s} s")
         except CodedError as error:
             log.warning("%s: not unloaded: %s", actor.spec.model_id, error.message)
+            return
+        self._journal.add(ModelEvicted(model=actor.spec.model_id, idle_s=round(idle_s, 1)))

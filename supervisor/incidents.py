@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from protocol.messages import Job, Priority
+from protocol.messages import Generate, Job, Priority
 from supervisor import jsonfile
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,8 @@ class Fingerprints:
         content = msgspec.structs.replace(
             request, request_id=0, client="", priority=Priority.NORMAL
         )
+        if isinstance(content, Generate):
+            content = msgspec.structs.replace(content, accepted_at=None)
         digest = hashlib.blake2b(key=self._key, digest_size=8)
         digest.update(model.encode() + b"\0" + msgspec.msgpack.encode(content))
         return digest.hexdigest()
@@ -183,7 +185,10 @@ class IncidentStore:
             try:
                 await asyncio.to_thread(self._write_now, incidents, surplus)
             except Exception as error:
+                jsonfile.note_written(self._folder, error)
                 log.error("cannot write incidents: %s", error)
+            else:
+                jsonfile.note_written(self._folder, None)
 
     def _write_now(self, incidents: Sequence[Incident], surplus: Sequence[str]) -> None:
         for old in surplus:

@@ -17,8 +17,26 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: In the name of a file that could not be read.
+ASIDE = ".unreadable-"
+
+#: Files that could not be written, and why, until they are.
+_unwritten: dict[Path, str] = {}
+
 #: Formatting holds the interpreter lock, for milliseconds per MB: larger files do without.
 INDENT_LIMIT_BYTES = 256 * 1024
+
+
+def unwritten(home: Path) -> dict[str, str]:
+    """What could not be written in a folder, by name, and why."""
+    return {path.name: why for path, why in _unwritten.items() if path.parent == home}
+
+
+def note_written(path: Path, error: Exception | None) -> None:
+    """How it went to write a file, or all there was to write of a folder."""
+    _unwritten.pop(path, None)
+    if error is not None:
+        _unwritten[path] = str(error)
 
 
 class Unreadable(Exception):
@@ -150,7 +168,7 @@ def _try_to_set_aside(path: Path, error: Exception) -> bool:
 
 
 def _set_aside(path: Path) -> Path:
-    aside = path.with_name(f"{path.name}.unreadable-{time.time_ns()}")
+    aside = path.with_name(f"{path.name}{ASIDE}{time.time_ns()}")
     path.rename(aside)
     return aside
 
@@ -205,7 +223,10 @@ class BackgroundWriter:
             except Exception as error:
                 # Also of the content: whoever waits for the flush has others to wait for.
                 self._unwritten = content
+                note_written(self._path, error)
                 log.error("cannot write %s: %s", self._path, error)
+            else:
+                note_written(self._path, None)
 
     def _write_now(self, content: object) -> None:
         if self.set_aside_first:

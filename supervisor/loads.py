@@ -6,7 +6,6 @@ leaving, and the memory, for which one load after the other has its turn.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -23,8 +22,7 @@ from supervisor.memory_room import MemoryRoom
 from supervisor.resting import Resting
 from supervisor.services import Services
 from supervisor.spares import Spares
-
-log = logging.getLogger(__name__)
+from supervisor.status import note_refusal
 
 
 class Loads:
@@ -148,7 +146,7 @@ class Loads:
                     if self._is_free(model_id, actor):
                         return self._wake(actor, model, spec)
         except CodedError as error:
-            log.warning("%s: load refused: %s (%s)", model_id, error.message, error.code)
+            note_refusal(self._services.journal, model_id, error)
             raise
         finally:
             self.leave(model_id)

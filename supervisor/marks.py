@@ -15,7 +15,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -90,6 +90,11 @@ def await_gone(pids: Sequence[int], timeout_s: float) -> list[int]:
         time.sleep(_LOOK_INTERVAL_S)
         left = [pid for pid in left if _holds_memory(pid)]
     return left
+
+
+def still_running(pids: Iterable[int]) -> list[int]:
+    """Those of them that have not ended."""
+    return [pid for pid in sorted(pids) if _holds_memory(pid)]
 
 
 def _holds_memory(pid: int) -> bool:

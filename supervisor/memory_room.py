@@ -21,6 +21,7 @@ from supervisor.actor import Actor
 from supervisor.eviction import Holder, candidates, choose
 from supervisor.footprint import Usage, available_bytes, gpu_limit_bytes, total_bytes, usage_of
 from supervisor.gate import ModelSpec
+from supervisor.journal import ModelEvicted
 from supervisor.memory_plan import (
     MemoryPlan,
     Terms,
@@ -105,6 +106,8 @@ class MemoryRoom:
         evicted = [self.actors[name] for name in names if name is not SPARES]
         for actor in evicted:
             log.info("%s: unloaded to make room for %s", actor.spec.model_id, model.model_id)
+            evicted_for = ModelEvicted(model=actor.spec.model_id, made_room_for=model.model_id)
+            self.services.journal.add(evicted_for)
             actor.unload(ErrorCode.MODEL_UNLOADED, f"it made room for {model.model_id!r}")
         if SPARES in names:
             await self.spares.drop()

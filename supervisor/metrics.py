@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -90,11 +90,25 @@ class Metrics:
         self._restarts = Counter(
             "opta_lmx_worker_restarts", "Respawns of workers", ["model"], registry=self._registry
         )
+        self._convictions = Counter(
+            "opta_lmx_convictions",
+            "Requests found to be to blame for a crash",
+            ["model"],
+            registry=self._registry,
+        )
         self._resumed = Counter(
             "opta_lmx_resumed_answers",
             "Answers that went on after a crash of their model, by how they ended",
             ["model", "outcome"],
             registry=self._registry,
+        )
+        self._recordings = Gauge(
+            "opta_lmx_recordings",
+            "Streams that are kept for clients to come back to",
+            registry=self._registry,
+        )
+        self._recordings_bytes = Gauge(
+            "opta_lmx_recordings_bytes", "Memory of those streams", registry=self._registry
         )
         self._canaries = Counter(
             "opta_lmx_canary",
@@ -141,8 +155,29 @@ class Metrics:
     def worker_restarted(self, model: str) -> None:
         self._restarts.labels(model).inc()
 
+    def convicted(self, model: str) -> None:
+        self._convictions.labels(model).inc()
+
     def canary_ended(self, model: str, outcome: str) -> None:
         self._canaries.labels(model, outcome).inc()
+
+    def totals(self) -> dict[str, int]:
+        """What was counted since the start, of all models together."""
+        return {
+            "requests": _total(self._requests),
+            "requests_ok": _total(self._requests, code=OK),
+            "prompt_tokens": _total(self._prompt_tokens),
+            "completion_tokens": _total(self._completion_tokens),
+            "worker_failures": _total(self._failures),
+            "worker_restarts": _total(self._restarts),
+            "answers_resumed": _total(self._resumed, outcome="completed"),
+            "requests_convicted": _total(self._convictions),
+        }
+
+    def watch_recordings(self, count: Callable[[], int], size: Callable[[], int]) -> None:
+        """Tell, at every scrape, of the streams that are kept, and of their bytes."""
+        self._recordings.set_function(count)
+        self._recordings_bytes.set_function(size)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -150,6 +185,17 @@ class Metrics:
     def value(self, name: str, labels: dict[str, str] | None = None) -> float | None:
         """One sample by its full name, None when it was never counted."""
         return self._registry.get_sample_value(name, labels or {})
+
+
+def _total(counter: Counter, **labels: str) -> int:
+    return round(
+        sum(
+            sample.value
+            for metric in counter.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total") and labels.items() <= sample.labels.items()
+        )
+    )
 
 
 class _ModelCollector(Collector):

@@ -1,4 +1,4 @@
-"""Remembers what one model does: registry records, incidents, failure metrics."""
+"""Remembers what one model does: registry records, incidents, failure metrics, the journal."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import msgspec
 
 from protocol.errors import ErrorCode
 from protocol.messages import Job
+from supervisor import status
 from supervisor.canary import CanaryReport
 from supervisor.compatibility import Outcome
-from supervisor.convicts import Convicts
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
-from supervisor.incidents import Fingerprints, IncidentStore
-from supervisor.lifecycle import RecordFailure
-from supervisor.metrics import Metrics
+from supervisor.incidents import Incident
+from supervisor.journal import (
+    IncidentOpened,
+    LoadRefused,
+    ModelChanged,
+    RequestConvicted,
+    WorkerRestarting,
+)
+from supervisor.lifecycle import RecordFailure, ScheduleRestart, State
 from supervisor.registry import Registry
+from supervisor.services import Services
 
 #: How much of a worker's last output goes into a registry record.
 OUTPUT_BYTES = 2000
@@ -28,25 +35,43 @@ PASSED = "canary passed"
 class Recorder:
     """All methods are called on the event loop and never wait."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        *,
-        registry: Registry,
-        incidents: IncidentStore,
-        fingerprints: Fingerprints,
-        convicts: Convicts,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, spec: ModelSpec, services: Services) -> None:
         #: The model as it is loaded now.
         self.spec = spec
-        self._registry = registry
-        self._incidents = incidents
-        self._fingerprints = fingerprints
-        self._convicts = convicts
-        self._metrics = metrics
-        earlier = incidents.list(model=spec.model_id, limit=1)
+        self._policy = services.policy
+        self._registry = services.registry
+        self._incidents = services.incidents
+        self._fingerprints = services.fingerprints
+        self._convicts = services.convicts
+        self._metrics = services.metrics
+        self._journal = services.journal
+        earlier = self._incidents.list(model=spec.model_id, limit=1)
         self.last_incident_id = earlier[0].id if earlier else None
+
+    def turned(self, before: State | None, after: State | None) -> None:
+        """The model's state is another one; None: it is not tracked."""
+        model_id = self.spec.model_id
+        status.log_transition(model_id, before, after)
+        known = after or before
+        if known is None or _from_outside(before) == _from_outside(after):
+            return
+        self._journal.add(
+            ModelChanged(
+                model=model_id,
+                was=None if before is None else before.readiness,
+                readiness=None if after is None else status.readiness_view(after, self._policy),
+                reason=known.reason,
+                generation=known.generation,
+                unloading=known.unloading,
+            )
+        )
+
+    def restarts(self, command: ScheduleRestart) -> None:
+        """The next worker is started after a delay."""
+        model_id, number = self.spec.model_id, command.generation
+        self._metrics.worker_restarted(model_id)
+        delay_s = round(command.delay_s, 3)
+        self._journal.add(WorkerRestarting(model=model_id, generation=number, delay_s=delay_s))
 
     def passed(self, report: CanaryReport | None, parts_s: Mapping[str, float]) -> None:
         """The canary passed, a short one if there is no report; ``parts_s`` is where the time
@@ -94,6 +119,10 @@ class Recorder:
             self._convicts.note(incident)
             self.last_incident_id = incident.id
             metadata["incident_id"] = incident.id
+            self._tell(incident)
+        elif failure.kind is None:
+            code, reason = failure.code.value, failure.reason
+            self._journal.add(LoadRefused(model=self.spec.model_id, code=code, message=reason))
         self._add("fail", failure.reason, metadata)
 
     def buried(self, generation: Generation) -> None:
@@ -102,11 +131,40 @@ class Recorder:
         if incident is not None:
             self._incidents.put(incident)
 
+    def _tell(self, incident: Incident) -> None:
+        opened = IncidentOpened(
+            model=incident.model,
+            incident_id=incident.id,
+            kind=incident.kind,
+            phase=incident.phase,
+            code=incident.code,
+            reason=incident.reason,
+            generation=incident.generation,
+            quarantined=incident.quarantined,
+            crash_count=incident.crash_count,
+        )
+        self._journal.add(opened)
+        if (convicted := incident.convicted) is not None:
+            self._metrics.convicted(incident.model)
+            self._journal.add(
+                RequestConvicted(
+                    model=incident.model, incident_id=incident.id, fingerprint=convicted
+                )
+            )
+
     def _fingerprint(self, request: Job) -> str:
         return self._fingerprints.of(self.spec.model_id, request)
 
     def _add(self, outcome: Outcome, reason: str, metadata: dict[str, object]) -> None:
         remember(self._registry, self.spec, outcome, reason, metadata)
+
+
+def _from_outside(state: State | None) -> object:
+    """What of a state can be told from outside."""
+    if state is None:
+        return None
+    told = (state.readiness, state.reason, state.generation)
+    return *told, state.unloading, state.retry_at, state.probation
 
 
 def measured(report: CanaryReport | None, parts_s: Mapping[str, float]) -> dict[str, object]:

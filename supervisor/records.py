@@ -78,6 +78,10 @@ class Records:
             raise CodedError(ErrorCode.NOT_FOUND, f"no incident {incident_id!r}")
         return found
 
+    async def installed(self) -> dict[str, str | None]:
+        """Versions of the backends that are here now, None for one that is not."""
+        return await self._current_gate().installed()
+
     async def available(self) -> dict[str, object]:
         """What is on this machine, loaded or not: ``{models, count}``."""
         found = await self._current_gate().available()

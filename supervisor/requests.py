@@ -149,7 +149,10 @@ class RequestTable:
         now = self._clock()
         to_run: Job = msgspec.structs.replace(request, request_id=request_id)
         if isinstance(to_run, Generate):
-            to_run = msgspec.structs.replace(to_run, sampling=seeded(to_run.sampling))
+            # Of the wall: templates print it.
+            to_run = msgspec.structs.replace(
+                to_run, sampling=seeded(to_run.sampling), accepted_at=time.time()
+            )
         entry = Entry(request_id, request, to_run, stream, is_canary, opened_at=now)
         if not self._run(entry):
             raise worker_blocked()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import zmq
 
@@ -10,6 +10,7 @@ from supervisor.accounts import AccountStore
 from supervisor.channel import SocketFolder
 from supervisor.convicts import Convicts
 from supervisor.incidents import MAX_INCIDENTS, Fingerprints, IncidentStore
+from supervisor.journal import Journal
 from supervisor.ledger import WorkerLedger
 from supervisor.marks import server_mark
 from supervisor.memory_lessons import MemoryLessons
@@ -39,6 +40,9 @@ class Services:
     server_mark: str
     oom_kills: OomKills
     lessons: MemoryLessons
+    journal: Journal = field(default_factory=Journal)
+    #: Processes that did not end although they were killed.
+    left_behind: set[int] = field(default_factory=set)
 
     async def flush(self) -> None:
         """Wait for all that is to be kept to be on disk."""

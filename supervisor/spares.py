@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from protocol.handshake import HandshakeError, verify_hello
 from protocol.messages import FromWorker, Hello, LoadFailed
 from supervisor.footprint import resident_gb
+from supervisor.journal import SpareChanged
 from supervisor.marks import end_helpers
 from supervisor.memory_plan import overhead_bytes
 from supervisor.services import Services
@@ -50,6 +51,7 @@ class Spare:
         self.backend = backend
         #: Its end is no fault of its own.
         self.unwanted = False
+        self._journal = services.journal
         self._on_end = on_end
         self._settings = services.settings
         self._failure = ""
@@ -87,6 +89,7 @@ class Spare:
     def taken(self) -> Worker:
         """Give it away: from here on somebody else listens."""
         self._timer.cancel()
+        self.tell("taken")
         return self.worker
 
     def dismiss(self, reason: str) -> None:
@@ -105,6 +108,11 @@ class Spare:
         self.recall("it is not needed any more")
         assert self._ending is not None
         await asyncio.shield(self._ending)
+
+    def tell(self, status: str, reason: str = "") -> None:
+        """Say what became of it."""
+        pid = self.worker.process.pid
+        self._journal.add(SpareChanged(backend=self.backend, pid=pid, status=status, reason=reason))
 
     def view(self) -> SpareView:
         hello, pid = self.worker.hello, self.worker.process.pid
@@ -131,6 +139,7 @@ class Spare:
             return
         self._timer.cancel()
         self.worker.hello = message
+        self.tell("ready")
 
     def on_violation(self, reason: str) -> None:
         self.dismiss(reason)
@@ -279,6 +288,7 @@ class Spares:
             return
         self._spares.remove(spare)
         log.info("%s: ended: %s", spare.worker.process.name, spare.failure)
+        spare.tell("ended", spare.failure)
         if spare.worker.hello is None and not spare.unwanted:
             self._failures[spare.backend] += 1
             if self._failures[spare.backend] == MAX_FAILURES:

@@ -6,6 +6,7 @@ import logging
 import time
 
 from protocol.errors import CodedError, ErrorCode
+from supervisor.journal import Journal, LoadRefused
 from supervisor.lifecycle import LoadAccepted, Readiness, State, transition
 from supervisor.quarantine import Account, Policy, count_in_window
 from supervisor.views import ReadinessView
@@ -108,3 +109,9 @@ def log_transition(model_id: str, before: State | None, after: State | None) -> 
         bad = after.readiness is Readiness.QUARANTINED or after.failed
         level = logging.WARNING if bad else logging.INFO
         log.log(level, "%s: %s -> %s (%s)", model_id, old, after.readiness, after.reason)
+
+
+def note_refusal(journal: Journal, model_id: str, error: CodedError) -> None:
+    """Say that a model was not let in."""
+    log.warning("%s: load refused: %s (%s)", model_id, error.message, error.code)
+    journal.add(LoadRefused(model=model_id, code=error.code.value, message=error.message))

@@ -101,6 +101,9 @@ def fuzz(
     def send(case: Any, aim: Aim) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             take_aim(case.body, aim)
+        if case.path == "/admin/events":
+            # Else it never ends.
+            case.query = {**(case.query or {}), "follow": "false"}
         answer = case.call(session=session, timeout=30)
         statuses[case.path, answer.status_code] += 1
         if answer.status_code >= 500:

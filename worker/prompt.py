@@ -153,7 +153,9 @@ class PromptBuilder:
 
     def _prepare_chat(self, request: Generate, limit: int) -> Prepared:
         tools: list[Tool] = [] if request.tool_choice is ToolChoice.NONE else request.tools
-        conversation = Conversation(request.messages or [], tools, request.template_options)
+        conversation = Conversation(
+            request.messages or [], tools, request.template_options, request.accepted_at
+        )
         if not self._knows_tools:
             conversation = spell_out_tools(conversation)
         text = self._backend.render_chat(conversation)

@@ -77,6 +77,7 @@ def _parse() -> argparse.Namespace:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--gateway", action="store_true", help="the relay alone, simulated worker")
     modes.add_argument("--scale", action="store_true", help="many idle workers on one supervisor")
+    add("--recorded", action="store_true", help="with --gateway: also streams to come back to")
     add("--workers", type=_numbers, default=[1, 10, 25, 50], metavar="N,N", help="with --scale")
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -171,7 +172,9 @@ def _publish(found: report.Results, arguments: argparse.Namespace) -> None:
 
 def _gateway(arguments: argparse.Namespace) -> None:
     tokens = 2_000 if arguments.quick else 10_000
-    samples = relay.measure(arguments.repetitions, arguments.streams, tokens, _say)
+    samples = relay.measure(
+        *(arguments.repetitions, arguments.streams, tokens, _say), recorded=arguments.recorded
+    )
     content = {
         "machine": machine.describe(),
         "samples": samples,

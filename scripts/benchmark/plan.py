@@ -16,6 +16,7 @@ class Request(msgspec.Struct, frozen=True):
 
     body: dict[str, Any]
     after_reads: int | None = None
+    headers: dict[str, str] = {}
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ _PACED_S = 0.01
 _PACED_TOKENS = 300
 _SHORT_REQUESTS = 100
 _SHORT = "short requests"
+_PLAIN, _RECORDED = "opta-lmx", "opta-lmx, recorded"
 
 
 class _Configuration(NamedTuple):
@@ -44,9 +46,17 @@ class _Configuration(NamedTuple):
 
 
 def measure(
-    repetitions: int, streams: list[int], tokens: int, say: Callable[[str], None]
+    repetitions: int,
+    streams: list[int],
+    tokens: int,
+    say: Callable[[str], None],
+    *,
+    recorded: bool = False,
 ) -> list[Sample]:
-    """Samples of both speeds at each number of streams, and of short requests, in turns."""
+    """Samples of both speeds at each number of streams, and of short requests, in turns.
+
+    ``recorded``: each also of the same streams recorded, right before or after.
+    """
     samples: list[Sample] = []
     with ExitStack() as stack:
         client = Player("client")
@@ -67,9 +77,15 @@ def measure(
             # Nobody always comes after the same one.
             for speed, workload, instance in found[turn:] + found[:turn]:
                 say(f"{speed}, {workload.name}: {repetition + 1} of {repetitions}")
-                sample = Sample("opta-lmx", f"{speed}, {workload.name}", repetition)
-                workload.measure(instance, (repetition + 1) * 1000, sample)
-                samples.append(sample)
+                pair = [(_PLAIN, workload), (_RECORDED, replace(workload, recorded=True))]
+                if repetition % 2:
+                    pair.reverse()
+                for number, (contender, each) in enumerate(pair):
+                    if contender == _RECORDED and not recorded:
+                        continue
+                    sample = Sample(contender, f"{speed}, {workload.name}", repetition)
+                    each.measure(instance, (repetition + 1) * 1000 + 500 * number, sample)
+                    samples.append(sample)
             samples.append(_short(found[-1].instance, repetition))
     order = [f"{each.speed}, {each.workload.name}" for each in found] + [_SHORT]
     return sorted(samples, key=lambda sample: order.index(sample.workload))
@@ -141,9 +157,27 @@ def tables(samples: list[Sample]) -> list[Table]:
         for workload in found.workloads()
         if workload != _SHORT
     ]
+    more = [_recorded(found)] if _RECORDED in found.contenders() else []
     short = spread([s.metrics["gateway_us_per_request"] for s in found.of("opta-lmx", _SHORT)])
     note = f"a short request costs the gateway {cell(short, 0)} µs of CPU"
     return [
         Table("The relay by itself: median (range)", columns, rows, [note]),
+        *more,
         verdict_table(verdicts(samples)),
     ]
+
+
+def _recorded(found: Samples) -> Table:
+    """What it costs that a client could come back, repetition by repetition."""
+    rows = [
+        (
+            workload,
+            cell(found.range(_PLAIN, workload, GATEWAY)),
+            cell(found.range(_RECORDED, workload, GATEWAY)),
+            cell(found.ratio(workload, GATEWAY, over=_PLAIN, of=_RECORDED), 2),
+        )
+        for workload in found.workloads()
+        if workload != _SHORT
+    ]
+    columns = ("gateway µs/token", "unrecorded", "recorded", "ratio")
+    return Table("A recorded stream beside an unrecorded one: median (range)", columns, rows)

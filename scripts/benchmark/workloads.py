@@ -58,11 +58,13 @@ class Workload(Protocol):
 
 @dataclass(frozen=True)
 class Streams:
-    """Some answers at once, from prompts of about 64 words."""
+    """Some answers at once, from prompts of about 64 words; ``recorded``: which their clients
+    could come back to."""
 
     streams: int
     tokens: int
     total_context: int
+    recorded: bool = False
 
     @property
     def name(self) -> str:
@@ -79,7 +81,10 @@ class Streams:
 
     def measure(self, instance: Instance, seed: int, sample: Sample) -> None:
         requests = [
-            Request(_body(_prompt(seed + i, PROMPT_WORDS), self.tokens, seed + i))
+            Request(
+                _body(_prompt(seed + i, PROMPT_WORDS), self.tokens, seed + i),
+                headers={"X-Conversation-Id": f"bench-{seed + i}"} if self.recorded else {},
+            )
             for i in range(self.streams)
         ]
         gateway, workers = cpu_s(instance.gateway), cpu_s(instance.workers)

@@ -21,6 +21,7 @@ from supervisor.downloads.process import engine_environment, run_engine
 from supervisor.downloads.records import INTERRUPTED, MAX_RECORDS, Records
 from supervisor.downloads.selection import Wanted
 from supervisor.gate import LoadSpec
+from supervisor.journal import DownloadChanged, Journal
 from supervisor.settings import Settings
 from supervisor.views import LoadResult
 
@@ -50,11 +51,13 @@ class Downloads:
         settings: Settings,
         mark: str,
         load: Callable[[LoadSpec], Awaitable[LoadResult]],
+        journal: Journal,
     ) -> None:
         self._settings = settings
         self._cache = settings.hub_cache_dir or hub_cache_dir()
         self._environment = engine_environment(settings.hub_endpoint, f"{mark}download")
         self._load = load
+        self._journal = journal
         self._questions = Questions()
         self._records = Records(settings.home)
         #: Of all, also of those before this start; the one that changed last comes last.
@@ -252,12 +255,27 @@ class Downloads:
     def _keep(self, operation: Operation) -> None:
         """Remember how it stands, and no more of the settled than anybody will ask for."""
         self._views.pop(operation.id, None)
-        self._views[operation.id] = operation.view()
+        self._views[operation.id] = view = operation.view()
+        self._tell(view)
         for download_id in list(self._views)[: max(0, len(self._views) - MAX_RECORDS)]:
             if self._active(download_id) is None:
                 del self._views[download_id]
                 self._operations.pop(download_id, None)
         self._records.save(list(self._views.values()))
+
+    def _tell(self, view: DownloadView) -> None:
+        error = view.error
+        self._journal.add(
+            DownloadChanged(
+                model=view.model_id,
+                download_id=view.id,
+                status=view.status,
+                downloaded_bytes=view.downloaded_bytes,
+                total_bytes=view.total_bytes,
+                code=None if error is None else error.code,
+                message=None if error is None else error.message,
+            )
+        )
 
     def _remedy(self, refusal: CodedError, spec: LoadSpec) -> Wanted:
         """What to ask the hub for; raises the refusal where it cannot help."""

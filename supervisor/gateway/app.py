@@ -6,6 +6,7 @@ Names under ``/admin/models`` that are routes of their own (``load``, ``unload``
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -18,13 +19,14 @@ from starlette.types import ASGIApp
 from protocol.errors import CodedError, ErrorCode
 from supervisor.config import names_of
 from supervisor.fleet import Fleet
-from supervisor.gateway import admin, downloads, health, presets, records, tokens
+from supervisor.gateway import admin, downloads, health, presets, records, status, tokens
 from supervisor.gateway.anthropic import messages
 from supervisor.gateway.anthropic.errors import refusal
 from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.cancellation import cancel_request
 from supervisor.gateway.chat_socket import ChatSocket, no_upgrade
 from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler, Method
+from supervisor.gateway.events import EVENTS, follow_events
 from supervisor.gateway.following import delete_stream, follow_stream
 from supervisor.gateway.openai import models
 from supervisor.gateway.openai.chat import chat_completions
@@ -45,6 +47,7 @@ from supervisor.gateway.reload import RELOAD, reload_config
 from supervisor.gateway.rerank import rerank
 from supervisor.gateway.running import RunningCalls
 from supervisor.gateway.websocket import CHAT_STREAM
+from supervisor.journal import ServerStarted
 from supervisor.metrics import Metrics
 from supervisor.settings import Settings
 
@@ -70,13 +73,18 @@ def application(gateway: Gateway) -> ASGIApp:
     """The application; its lifespan starts and stops the fleet."""
     fleet = gateway.fleet
     gateway.metrics.watch(fleet.models)
+    recordings = gateway.recordings
+    gateway.metrics.watch_recordings(recordings.__len__, lambda: recordings.size)
 
     @asynccontextmanager
     async def lifespan(_app: Any) -> AsyncIterator[None]:
+        version = metadata.version("opta-lmx")
+        fleet.journal.add(ServerStarted(version=version, pid=os.getpid()))
         await fleet.start()
         try:
             yield
         finally:
+            fleet.journal.close()
             await fleet.stop()
             await gateway.recordings.close()
 
@@ -103,6 +111,8 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
     return [
         route("/healthz", Side.OPEN, {"GET": health.healthz}),
         route("/readyz", Side.OPEN, {"GET": health.readyz}),
+        route("/admin/health", Side.ADMIN, {"GET": status.get_health}),
+        route("/admin/status", Side.ADMIN, {"GET": status.get_status}),
         route("/metrics", Side.METRICS, {"GET": health.metrics}),
         route("/v1/chat/completions", Side.INFERENCE, {"POST": chat_completions}),
         route("/v1/completions", Side.INFERENCE, {"POST": completions}),
@@ -145,6 +155,7 @@ def _routes(gateway: Gateway) -> list[BaseRoute]:
         route("/admin/models/compatibility/regressions", Side.ADMIN, {"GET": records.regressions}),
         route(RELOAD, Side.ADMIN, {"POST": reload_config}),
         route("/admin/presets", Side.ADMIN, {"GET": presets.list_presets}),
+        route(EVENTS, Side.ADMIN, {"GET": follow_events}),
         route("/admin/incidents", Side.ADMIN, {"GET": records.list_incidents}),
         route("/admin/incidents/{id}", Side.ADMIN, {"GET": records.get_incident}),
         # Only for POST, so that a model called "org/release" can still be looked at.

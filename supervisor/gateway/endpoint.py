@@ -28,6 +28,7 @@ from supervisor.gateway.auth import Guard, Side
 from supervisor.gateway.body import ClientDisconnected
 from supervisor.gateway.candidates import Candidates
 from supervisor.gateway.errors import MethodNotAllowed, coded, error_response
+from supervisor.gateway.lag import Lag
 from supervisor.gateway.openai.responses_store import ResponseStore
 from supervisor.gateway.recordings import Recordings
 from supervisor.gateway.running import RunningCalls
@@ -65,6 +66,7 @@ class Gateway(msgspec.Struct, eq=False):
     recordings: Recordings
     #: Reads the settings as at the start; raises ``ConfigError``.
     reread: Callable[[], Settings]
+    lag: Lag = msgspec.field(default_factory=Lag)
     reloading: asyncio.Lock = msgspec.field(default_factory=asyncio.Lock)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
+from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -26,7 +28,6 @@ HEADERS = (
     (b"x-accel-buffering", b"no"),
 )
 
-STREAM_ID = b"x-stream-id"
 LAST_EVENT_ID = "Last-Event-ID"
 
 #: What is handed to the connection at once.
@@ -53,36 +54,59 @@ def follow(gateway: Gateway, call: Call, recording: Recording, at: int, param: s
     """Raises what is wrong with ``at``, which came as ``param``."""
     if at > recording.events.end:
         raise invalid(param, f"is beyond the {recording.events.end} events there are so far")
-    if at < recording.events.first:
-        raise _gone(recording)
+    recording.read(at, 0)  # or raise
     call.served_by = recording.served_by
     return Following(gateway, call, recording, at)
 
 
-class Following(Response):
-    """Replays a recording from event ``at`` on, and follows it to its end."""
+class Followed(Protocol):
+    """Numbered events, those there are and those to come."""
 
-    def __init__(self, gateway: Gateway, call: Call, recording: Recording, at: int = 0) -> None:
+    @property
+    def headers(self) -> Sequence[tuple[bytes, bytes]]:
+        """What an answer says of it."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no more."""
+
+    def enter(self) -> Reader: ...
+
+    def exit(self, reader: Reader) -> None: ...
+
+    def read(self, at: int, max_bytes: int) -> tuple[bytes, int]:
+        """As of an ``EventLog``; raises ``stream_events_gone``."""
+
+    def still_alive(self) -> bytes:
+        """What a client that has nothing to read is told."""
+
+
+class Following(Response):
+    """Replays what is followed from event ``at`` on, to its end."""
+
+    def __init__(self, gateway: Gateway, call: Call, followed: Followed, at: int = 0) -> None:
         # Not Response.__init__: there is no body to render or to measure.
         self.status_code = 200
         self.background = None
-        self.raw_headers = [*HEADERS, (STREAM_ID, recording.id.encode())]
+        self.raw_headers = [*HEADERS, *followed.headers]
         self._call = call
-        self._recording = recording
+        self._followed = followed
         self._at = at
         self._silence_s = gateway.settings.sse_keepalive_s
         self._patience_s = gateway.settings.drain_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         if scope["method"] == "HEAD":
+            await send(start)
             await send({"type": "http.response.body", "body": b""})
             return
-        reader = self._recording.enter()
+        reader = self._followed.enter()
         watch = asyncio.create_task(_watch(receive, reader))
         keep_alive = KeepAlive(lambda: self._say_alive(send), self._silence_s)
         end = b""
         try:
+            await send(start)
             await self._follow(reader, send, keep_alive)
         except CodedError as error:
             self._call.outcome = error.code.value
@@ -101,30 +125,28 @@ class Following(Response):
         finally:
             keep_alive.stop()
             watch.cancel()
-            self._recording.exit(reader)
+            self._followed.exit(reader)
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _follow(self, reader: Reader, send: Send, keep_alive: KeepAlive) -> None:
         """Send every event. Raises ``ClientDisconnected``, ``stream_events_gone`` if the
         client is too far behind, and ``TimeoutError`` if it does not read at all."""
-        recording, events, at = self._recording, self._recording.events, self._at
+        followed, at = self._followed, self._at
         clock = asyncio.get_running_loop().time
         while not reader.gone:
-            if at < events.first:
-                raise _gone(recording)
-            data, at = events.read(at, _PIECE_BYTES)
+            data, at = followed.read(at, _PIECE_BYTES)
             if data:
                 async with asyncio.timeout(self._patience_s):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 keep_alive.last_sent = clock()
-            elif recording.ended:
+            elif followed.ended:
                 return
             else:
                 await reader.news()
         raise ClientDisconnected
 
     async def _say_alive(self, send: Send) -> None:
-        if told := glued(self._recording.still_alive()):
+        if told := glued(self._followed.still_alive()):
             await send({"type": "http.response.body", "body": told, "more_body": True})
 
 
@@ -168,13 +190,3 @@ def event_number(name: str, value: str) -> int:
     if not _NUMBER.fullmatch(value):
         raise invalid(name, "must be the number of an event")
     return int(value)
-
-
-def _gone(recording: Recording) -> CodedError:
-    first = recording.events.first
-    return CodedError(
-        ErrorCode.STREAM_EVENTS_GONE,
-        f"the stream has outgrown what is kept of it: its first event now is {first}",
-        param="from",
-        details={"first": first},
-    )

@@ -26,6 +26,7 @@ from supervisor.gateway.auth import Side
 from supervisor.gateway.downloads import CONFIRM, PROGRESS, ConfirmRequest, DownloadRequest
 from supervisor.gateway.endpoint import Call, Endpoint, Gateway, Handler
 from supervisor.gateway.errors import JSON_TYPE, status_of
+from supervisor.gateway.events import EVENTS
 from supervisor.gateway.openai import responses_answers
 from supervisor.gateway.openai.answers import ChatCompletion, TextCompletion
 from supervisor.gateway.openai.chat import ChatRequest
@@ -37,8 +38,10 @@ from supervisor.gateway.presets import Presets
 from supervisor.gateway.probe import ProbeRequest
 from supervisor.gateway.reload import RELOAD, Reloaded
 from supervisor.gateway.rerank import Ranking, RerankRequest
+from supervisor.gateway.status import Status
 from supervisor.gateway.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from supervisor.gateway.websocket import CHAT_STREAM
+from supervisor.health import Health
 from supervisor.views import LoadResult, ModelView, ProbeResult
 
 OPENAPI = "/openapi.json"
@@ -91,6 +94,9 @@ BODIES: Mapping[str, Body] = {
     "/v1/models/{id:path}": Body(None, Model),
     "/admin/presets": Body(None, Presets),
     RELOAD: Body(None, Reloaded),
+    EVENTS: Body(None, streams=True),
+    "/admin/health": Body(None, Health),
+    "/admin/status": Body(None, Status),
     "/admin/models/load": Body(LoadRequest, LoadResult),
     CONFIRM: Body(ConfirmRequest),
     "/admin/models/download": Body(DownloadRequest),
@@ -111,6 +117,7 @@ _QUERIES: Mapping[str, Sequence[str]] = {
     "/admin/models/compatibility": (*_FILTERS, "outcome", "since", "limit"),
     "/admin/models/compatibility/recommendations": _FILTERS,
     "/admin/models/compatibility/regressions": _FILTERS,
+    EVENTS: ("from", "model", "kind", "follow"),
     "/admin/incidents": ("model", "limit"),
     "/v1/responses/{id}": ("stream", "starting_after"),
     "/v1/stream/{id}": ("from",),

@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from starlette.types import Message, Receive, Scope, Send
 
+from protocol.errors import CodedError, ErrorCode
 from supervisor.gateway.connection import BODY_WRITER
 from supervisor.gateway.eventlog import EventLog
 
 log = logging.getLogger(__name__)
+
+#: Names a stream to its client.
+STREAM_ID = b"x-stream-id"
 
 #: The part of all the memory for recordings that one of them may take.
 _SHARE = 4
@@ -99,6 +103,10 @@ class Recording:
         self.over()
 
     @property
+    def headers(self) -> Sequence[tuple[bytes, bytes]]:
+        return [(STREAM_ID, self.id.encode())]
+
+    @property
     def has_readers(self) -> bool:
         return bool(self._readers)
 
@@ -121,6 +129,17 @@ class Recording:
                 await reader.news()
         finally:
             self.exit(reader)
+
+    def read(self, at: int, max_bytes: int) -> tuple[bytes, int]:
+        """As of its events; raises ``stream_events_gone``."""
+        if at < (first := self.events.first):
+            raise CodedError(
+                ErrorCode.STREAM_EVENTS_GONE,
+                f"the stream has outgrown what is kept of it: its first event now is {first}",
+                param="from",
+                details={"first": first},
+            )
+        return self.events.read(at, max_bytes)
 
     def still_alive(self) -> bytes:
         return b"" if self._stream is None else self._stream.still_alive()

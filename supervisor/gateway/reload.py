@@ -16,11 +16,12 @@ from starlette.responses import Response
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor import logs
-from supervisor.changes import Change, Changes, changes, in_effect
+from supervisor.changes import Change, Changes, changes, in_effect, without_logins
 from supervisor.config import ConfigError, names_of
 from supervisor.gateway.auth import BindRefused, require_keys
 from supervisor.gateway.endpoint import Call, Gateway
 from supervisor.gateway.errors import json_response
+from supervisor.journal import ConfigRefused, ConfigReloaded
 from supervisor.names import Names
 from supervisor.settings import Settings
 
@@ -62,6 +63,7 @@ async def reload(gateway: Gateway) -> Changes:
             new = await asyncio.to_thread(_read, gateway)
         except (ConfigError, BindRefused) as error:
             log.error("the configuration is not reloaded, nothing has changed: %s", error)
+            gateway.fleet.journal.add(ConfigRefused(message=without_logins(str(error))))
             raise CodedError(ErrorCode.INVALID_VALUE, str(error)) from error
         new.adopt()
         gateway.settings, gateway.names = new.effective, new.names
@@ -74,6 +76,8 @@ async def reload(gateway: Gateway) -> Changes:
         ", ".join(found.applied) or "nothing",
         ", ".join(found.needs_restart) or "nothing",
     )
+    names = [each.name for each in found.changed]
+    gateway.fleet.journal.add(ConfigReloaded(changed=names, needs_restart=found.needs_restart))
     return found
 
 

@@ -198,11 +198,16 @@ class Server(uvicorn.Server):
         # the moments at which workers beat and are looked at: one wake-up for it all.
         loop = asyncio.get_running_loop()
         while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(math.floor(loop.time()) + 1.0):
+            due = math.floor(loop.time()) + 1.0
+            try:
+                async with asyncio.timeout_at(due):
                     await self.exit_asked.wait()
+            except TimeoutError:
+                self._gateway.lag.note(loop.time() - due)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Who follows what happens is not waited for: from here on they would see no end.
+        self._fleet.journal.close()
         stopping = asyncio.create_task(self._stop_fleet_after_grace())
         try:
             await super().shutdown(sockets)

@@ -149,7 +149,7 @@ async def test_a_start_waits_until_what_was_left_is_gone(
 ) -> None:
     """It holds its memory until then. A process that was killed may take a while to end."""
     left = sleeper("0.5")
-    monkeypatch.setattr("supervisor.fleet.kill_marked", lambda _: [left.pid])
+    monkeypatch.setattr("supervisor.sweep.kill_marked", lambda _: [left.pid])
     fleet = Fleet(Settings(home=tmp_path), Metrics(), [], on_autoload=lambda *_: None)
     assert not alive(left.pid)
     left.wait()
@@ -160,8 +160,8 @@ async def test_a_start_does_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     left = sleeper("60")
-    monkeypatch.setattr("supervisor.fleet.kill_marked", lambda _: [left.pid])
-    monkeypatch.setattr("supervisor.fleet.SWEEP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("supervisor.sweep.kill_marked", lambda _: [left.pid])
+    monkeypatch.setattr("supervisor.sweep.SWEEP_TIMEOUT_S", 0.2)
     fleet = Fleet(Settings(home=tmp_path), Metrics(), [], on_autoload=lambda *_: None)
     assert str(left.pid) in caplog.text
     left.kill()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -24,9 +24,12 @@ from protocol.messages import (
     Tokenized,
 )
 from supervisor.downloads.downloads import Asked, Downloads
-from supervisor.downloads.operation import Operation
+from supervisor.downloads.operation import DownloadView, Operation
 from supervisor.fleet import Fleet
 from supervisor.gate import NO_OPTIONS, LoadSpec
+from supervisor.health import Facts, Health, assess
+from supervisor.journal import Journal
+from supervisor.overview import Memory, Overview
 from supervisor.probe import ProbeSpec
 from supervisor.records import Records
 from supervisor.settings import Settings
@@ -117,6 +120,9 @@ class NoDownloads(Downloads):
     def __init__(self) -> None:
         pass
 
+    def views(self) -> list[DownloadView]:
+        return []
+
     async def offer(
         self, refusal: CodedError, spec: LoadSpec, *, consent: bool
     ) -> LoadSpec | Operation | Asked:
@@ -124,6 +130,29 @@ class NoDownloads(Downloads):
 
     async def preview(self, refusal: CodedError, spec: LoadSpec) -> LoadSpec | Operation | Asked:
         raise refusal
+
+
+class FakeOverview(Overview):
+    """Has seen nothing but what it is told."""
+
+    def __init__(self) -> None:
+        self.facts = Facts(models=[], available=8 * 10**9, low_water=0, home_free=10**11)
+
+    async def health(self, lag_s: float) -> Health:
+        return assess(replace(self.facts, lag=lag_s))
+
+    def memory(self) -> Memory:
+        return Memory(
+            total_bytes=16 * 10**9,
+            available_bytes=self.facts.available,
+            low_water_bytes=self.facts.low_water,
+            budget_bytes=None,
+            promised_bytes=10**9,
+            measured_bytes=5 * 10**8,
+        )
+
+    async def installed(self) -> dict[str, str | None]:
+        return {"simulated": "1", "mlx": None}
 
 
 @dataclass
@@ -203,6 +232,8 @@ class FakeFleet(Fleet):
     max_buffer_bytes: int | None = None
     capacity: int | None = None
     on_start: Callable[[], None] | None = None
+    journal: Journal = field(default_factory=Journal)
+    overview: FakeOverview = field(default_factory=FakeOverview)
     downloads: Downloads = field(default_factory=NoDownloads)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 

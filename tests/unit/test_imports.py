@@ -51,6 +51,7 @@ PURE = (
     "names",
     "presets",
     "resumption",
+    "health",
 )
 IMPURE_MODULES = {"asyncio", "zmq", "os", "time", "random", "threading", "subprocess", "pathlib"}
 
@@ -93,8 +94,9 @@ LEAVES_MAY_IMPORT = {
         "stream",
     },
     "incidents": {"jsonfile"},
+    "summary": {"terminal"},
     "casefile": {"incidents"},
-    "status": {"lifecycle", "quarantine"},
+    "status": {"journal", "lifecycle", "quarantine"},
     "ledger": {"jsonfile"},
 }
 EVERYONE_MAY_IMPORT = {"settings", "views"}
@@ -127,6 +129,9 @@ NOT_LEAVES = {
     "config",
     "chat_session",
     "pull",
+    "watching",
+    "overview",
+    "sweep",
 }
 
 
@@ -204,6 +209,7 @@ def test_nothing_below_imports_what_is_above() -> None:
         "loads",
         "memory_watch",
         "idle_watch",
+        "overview",
         "fleet",
         "gateway",
         "main",

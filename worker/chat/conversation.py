@@ -12,11 +12,13 @@ from protocol.chat import ChatMessage, Tool, ToolCall
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a chat template renders. ``options`` are further variables for it."""
+    """What a chat template renders. ``options`` are further variables for it. ``now`` is the
+    time for it, in epoch seconds; None: that of the clock."""
 
     messages: Sequence[ChatMessage]
     tools: Sequence[Tool] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    now: float | None = None
 
     def variables(self) -> dict[str, Any]:
         """By the names that Hugging Face's templates use; without tools there are none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jinja2
@@ -31,8 +31,14 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
+def _strftime_at(now: float | None) -> Callable[[str], str]:
+    """``strftime_now`` of a template, for which it is that time. None: the clock's."""
+    moment = datetime.datetime.now() if now is None else datetime.datetime.fromtimestamp(now)
+
+    def strftime_now(pattern: str) -> str:
+        return moment.strftime(pattern)
+
+    return strftime_now
 
 
 def _to_json(
@@ -66,7 +72,6 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
@@ -102,6 +107,7 @@ class ChatTemplate:
         """
         variables = {
             "add_generation_prompt": True,
+            "strftime_now": _strftime_at(conversation.now),
             **conversation.variables(),
             **self._tokens,
         }

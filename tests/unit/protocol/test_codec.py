@@ -143,3 +143,11 @@ def test_a_cut_frame_is_a_codec_error(message: m.FromWorker, data: st.DataObject
 def test_a_field_appended_by_a_later_version_is_ignored() -> None:
     frame = msgspec.msgpack.encode(["Beat", "decode", 7, 1, "from the future"])
     assert FromWorkerDecoder()(frame) == m.Beat(m.Phase.DECODE, 7, 1)
+
+
+def test_a_request_without_the_newest_field_is_read() -> None:
+    """As an older supervisor would send it: fields are only ever appended."""
+    request = m.Generate(1, prompt="x", accepted_at=5.0)
+    frame = msgspec.msgpack.decode(msgspec.msgpack.encode(request))
+    old = msgspec.msgpack.decode(msgspec.msgpack.encode(frame[:-1]), type=m.Generate)
+    assert old == msgspec.structs.replace(request, accepted_at=None)

@@ -112,6 +112,25 @@ def test_the_relay_is_judged_at_its_own_pace_only() -> None:
     assert [verdict.kept for verdict in relay.verdicts(samples)] == [True, False, None]
 
 
+def test_a_recorded_stream_is_set_beside_the_same_one_of_its_repetition() -> None:
+    name = "paced, 1 stream"
+    plain = [
+        sample("opta-lmx", n, name, gateway_us_per_token=cost) for n, cost in ((0, 10.0), (1, 40.0))
+    ]
+    recorded = [
+        sample("opta-lmx, recorded", n, name, gateway_us_per_token=cost)
+        for n, cost in ((0, 15.0), (1, 50.0))
+    ]
+    short = sample("opta-lmx", 0, "short requests", gateway_us_per_request=1.0)
+    titles = [table.title for table in relay.tables([*plain, short])]
+    tables = {table.title: table for table in relay.tables([*plain, *recorded, short])}
+    (added,) = tables.keys() - set(titles)
+    ((told, _, _, ratio),) = tables[added].rows
+    assert told == name
+    # 1.5 and 1.25, not 65 over 50.
+    assert ratio == "1.38 (1.25 to 1.50)"
+
+
 def step(workers: int, start_ms: float, idle: float, request_us: float) -> scale.Step:
     def only(value: float) -> Range:
         return Range(value, value, value)

@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.changes import LIVE, SECRET, changes, in_effect
+from supervisor.changes import LIVE, SECRET, changes, in_effect, without_logins
 from supervisor.presets import Preset
 from supervisor.settings import ModelSetting, Settings
 
@@ -73,3 +73,10 @@ def test_a_second_reload_finds_what_still_waits_for_a_restart(names: set[str]) -
     assert again.applied == []
     assert again.needs_restart == changes(BEFORE, asked).needs_restart
     assert changes(asked, asked).changed == []
+
+
+def test_no_login_of_a_url_is_told() -> None:
+    assert without_logins("hub: 'https://me:pass@hub.example/a@b'") == (
+        "hub: 'https://hub.example/a@b'"
+    )
+    assert without_logins("https://hub.example/a@b and more") == "https://hub.example/a@b and more"

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from supervisor.client import Client, ClientError
 from supervisor.gate import LoadSpec
 from supervisor.gateway.app import application, create_gateway
 from supervisor.gateway.server import BindRefused
+from supervisor.journal import LoadRefused
 from supervisor.metrics import Metrics
 from supervisor.presets import Preset, PresetParameters
 from supervisor.probe import ProbeSpec
@@ -496,3 +498,39 @@ def test_a_home_that_cannot_be_made_is_named(
     assert result.exit_code == 1
     expected = f"error: cannot use {home} as the home folder (--home / OPTA_LMX_HOME): Not a"
     assert result.stderr.startswith(expected)
+
+
+def test_events(url: str, fleet: FakeFleet) -> None:
+    fleet.journal.add(LoadRefused(model="org/m", code="model_incomplete", message="cut\x1b[2J"))
+    result = opta("events", "--no-follow", "--url", url)
+    assert result.exit_code == 0
+    started, refused = result.stdout.splitlines()
+    assert "started, pid" in started
+    assert refused.endswith(" org/m: load refused: cut[2J (model_incomplete)")
+    only = opta("events", "--no-follow", "--kind", "load_refused", "--json", "--url", url)
+    (event,) = [json.loads(text) for text in only.stdout.splitlines()]
+    assert (event["event"], event["id"]) == ("load_refused", f"{fleet.journal.start_id}-1")
+    wrong = opta("events", "--kind", "token", "--url", url)
+    assert wrong.exit_code == 1
+    assert "model_changed" in wrong.stderr
+    assert opta("events", "--url", url, env={}).exit_code == 1
+
+
+def test_status_and_health(url: str, fleet: FakeFleet) -> None:
+    told = opta("status", "--url", url)
+    assert told.exit_code == 0
+    assert told.stdout.startswith("health: ok\nserver: ")
+    assert "model: org/m routable (ready) on simulated, 0.50 GB" in told.stdout
+    assert "requests: 1 running, 0 queued" in told.stdout
+    assert "0.50 GB held by workers, 1.00 GB promised, 8.00 GB available" in told.stdout
+    assert json.loads(opta("status", "--json", "--url", url).stdout)["pid"] == os.getpid()
+    well = opta("health", "--url", url)
+    assert (well.exit_code, well.stdout) == (0, "ok\n")
+    fleet.overview.facts = replace(fleet.overview.facts, left=[4711])
+    ill = opta("health", "--url", url)
+    assert ill.exit_code == 1
+    assert ill.stdout.splitlines() == [
+        "degraded",
+        "  process_left_behind: process 4711 should have ended, and holds its memory",
+    ]
+    assert json.loads(opta("health", "--json", "--url", url).stdout)["status"] == "degraded"

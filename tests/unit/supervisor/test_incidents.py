@@ -170,7 +170,11 @@ def test_fingerprints_tell_requests_apart_and_not_what_they_say(tmp_path: Path) 
     prints = Fingerprints(tmp_path)
     request = Generate(1, messages=[ChatMessage("user", "a secret")])
     same = Generate(
-        2, messages=[ChatMessage("user", "a secret")], client="ann", priority=Priority.HIGH
+        2,
+        messages=[ChatMessage("user", "a secret")],
+        client="ann",
+        priority=Priority.HIGH,
+        accepted_at=5.0,
     )
     assert prints.of("m", request) == prints.of("m", same)
     assert Fingerprints(tmp_path).of("m", request) == prints.of("m", request)

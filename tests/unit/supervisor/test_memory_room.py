@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from supervisor import memory_room
 from supervisor.footprint import Usage
 from supervisor.gate import ModelSpec
 from supervisor.geometry import Geometry
+from supervisor.journal import Journal
 from supervisor.memory_lessons import MemoryLessons
 from supervisor.memory_plan import OVERHEAD_BYTES
 from supervisor.memory_room import MemoryRoom
@@ -90,7 +92,9 @@ class Host:
         spares: Any = self.spares
         settings.setdefault("memory_low_water_bytes", 0)
         self.services = SimpleNamespace(
-            settings=Settings(home=tmp_path, **settings), lessons=MemoryLessons(tmp_path)
+            settings=Settings(home=tmp_path, **settings),
+            lessons=MemoryLessons(tmp_path),
+            journal=Journal(),
         )
         services: Any = self.services
         self.room = MemoryRoom(self.actors, services, spares)
@@ -149,6 +153,10 @@ async def test_idle_models_make_room_the_least_recently_used_first(host: Host) -
     await host.make(replace(MODEL, model_id="wanted"))
     assert host.unloaded == ["old"]
     assert set(host.actors) == {"new", "busy"}
+    assert host.services.journal.end == 1
+    event = msgspec.json.decode(host.services.journal.at(0).data)
+    assert (event["event"], event["model"]) == ("model_evicted", "old")
+    assert event["made_room_for"] == "wanted"
 
 
 async def test_a_load_that_would_not_fit_anyway_costs_nobody_anything(host: Host) -> None:

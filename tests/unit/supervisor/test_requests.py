@@ -584,6 +584,27 @@ async def test_what_was_seen_goes_on_with_its_tokens(table: RequestTable) -> Non
     assert (stream.resumes, stream.completed, stream.prefill) == (1, True, None)
 
 
+@pytest.mark.parametrize("seen", [True, False], ids=["resumed", "begun anew"])
+async def test_it_is_as_late_for_every_run_as_when_the_request_came(
+    table: RequestTable, monkeypatch: pytest.MonkeyPatch, seen: bool
+) -> None:
+    """Chat templates print the time: another prompt would not fit the tokens there are."""
+    midnight = 1_700_000_000.0
+    monkeypatch.setattr("supervisor.requests.time.time", lambda: midnight - 1)
+    first = Worker()
+    stream = open_resumable(table, first)
+    if seen:
+        table.deliver([Delta(first.request_id(), "a", [11])])
+        await stream.next()
+    monkeypatch.setattr("supervisor.requests.time.time", lambda: midnight + 1)
+    second = crash(table)
+    assert bool(run_of(second).resume_tokens) is seen
+    assert run_of(first).accepted_at == run_of(second).accepted_at == midnight - 1
+    later = Worker()
+    open_resumable(table, later)
+    assert run_of(later).accepted_at == midnight + 1
+
+
 async def test_an_answer_that_is_collected_goes_on_as_well(table: RequestTable) -> None:
     first = Worker()
     stream = open_resumable(table, first, streaming=False)

@@ -7,10 +7,12 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from protocol.messages import PROTOCOL_VERSION, Beat, Hello, LoadFailed, Phase
 from supervisor import spares
+from supervisor.journal import Journal
 from supervisor.memory_plan import OVERHEAD_BYTES
 from supervisor.spares import MAX_FAILURES, NO_ROOM_S, PATIENCE_S, VERSIONS_S, Spares
 
@@ -71,7 +73,8 @@ class Rig:
             beat_timeout_s=30.0,
             stop_grace_s=5.0,
         )
-        services: Any = SimpleNamespace(settings=settings)
+        self.journal = Journal()
+        services: Any = SimpleNamespace(settings=settings, journal=self.journal)
         self.spares = Spares(
             services,
             in_use=lambda: self.in_use,
@@ -86,6 +89,10 @@ class Rig:
 
     async def find_installed(self) -> dict[str, str | None]:
         return dict(self.installed)
+
+    def told(self) -> list[tuple[str, str]]:
+        kept = (self.journal.at(number).data for number in range(self.journal.end))
+        return [(event["status"], event["reason"]) for event in map(msgspec.json.decode, kept)]
 
     async def look(self) -> int:
         """Look once; how many workers were ever made."""
@@ -125,6 +132,7 @@ async def test_it_is_given_to_one_who_needs_this_version(rig: Rig) -> None:
     taken: Any = rig.spares.take("llama", "1")
     assert taken is made[0]
     assert rig.spares.take("llama", "1") is None
+    assert rig.told() == [("ready", ""), ("taken", "")]
     assert await rig.look() == 2
 
 
@@ -137,7 +145,7 @@ async def test_a_dead_or_silent_one_is_given_to_nobody(
     # It may have been stopped: not taken, and not given up yet.
     monkeypatch.setattr("supervisor.spares.time.monotonic", lambda: now + 4)
     assert rig.spares.take("llama", "1") is None
-    assert rig.look() == 1
+    assert await rig.look() == 1
     monkeypatch.undo()
     made[0].process.exit_status = -9
     assert rig.spares.take("llama", "1") is None

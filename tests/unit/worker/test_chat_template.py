@@ -1,6 +1,7 @@
 """Chat templates are programs from strangers: what they may do, and what their errors become."""
 
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,24 @@ def test_generation_tag_is_transparent() -> None:
 
 def test_strftime_now_formats_the_date() -> None:
     assert len(render("{{ strftime_now('%Y-%m-%d') }}")) == 10
+
+
+def test_now_is_when_the_request_was_accepted() -> None:
+    template = ChatTemplate("{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}", {})
+    accepted_at = 1_700_000_000.25
+    told = template.render(Conversation(HELLO, now=accepted_at))
+    assert told == template.render(Conversation(HELLO, now=accepted_at))
+    assert datetime.fromisoformat(told).timestamp() == accepted_at
+    assert told != template.render(Conversation(HELLO))
+
+
+def test_now_is_the_same_in_macros_and_all_over_the_template() -> None:
+    source = (
+        "{% macro now() %}{{ strftime_now('%H:%M:%S.%f') }}{% endmacro %}"
+        "{{ now() }} {{ strftime_now('%H:%M:%S.%f') }}"
+    )
+    first, second = render(source).split()
+    assert first == second
 
 
 def test_complaint_of_the_template_reaches_the_client() -> None:

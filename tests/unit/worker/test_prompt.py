@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from protocol.chat import ChatMessage, Tool, ToolChoice
@@ -20,6 +21,8 @@ from protocol.messages import (
 )
 from worker import prompt
 from worker.backends.simulated import SimulatedBackend
+from worker.chat.conversation import Conversation
+from worker.chat.template import ChatTemplate
 from worker.prompt import PromptBuilder
 
 HERMES = "{% if tools %}<tool_call>{% endif %}{{ tool_call.name }}"
@@ -43,6 +46,29 @@ def test_plain_chats_need_no_parser(tmp_path: Path) -> None:
     assert text_of(prepared.tokens) == "user: hi\n"
     assert prepared.parser is None
     assert prepared.markers == ()
+
+
+def test_a_template_that_prints_the_time_prints_that_of_the_request(tmp_path: Path) -> None:
+    """A run, its resume and its repetition on another worker have the same prompt."""
+
+    class Clockwork(SimulatedBackend):
+        def render_chat(self, conversation: Conversation) -> str:
+            return ChatTemplate("{{ strftime_now('%s.%f') }}", {}).render(conversation)
+
+    path = tmp_path / "m.sim.json"
+    path.write_text("{}")
+
+    def prompt_of(request: Generate) -> list[int]:
+        backend = Clockwork()
+        loaded = backend.load(Load(str(path)), lambda _: None)
+        return PromptBuilder(backend, loaded).prepare(request).tokens
+
+    first = Generate(1, messages=MESSAGES, accepted_at=1_700_000_000.25)
+    again = msgspec.structs.replace(first, request_id=2)
+    resumed = msgspec.structs.replace(first, request_id=3, resume_tokens=[5, 6])
+    assert text_of(prompt_of(first)) == "1700000000.250000"
+    assert prompt_of(first) == prompt_of(again) == prompt_of(resumed)
+    assert prompt_of(first) != prompt_of(msgspec.structs.replace(first, accepted_at=None))
 
 
 def test_tools_need_a_parser_and_its_markers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from protocol.errors import CodedError, ErrorCode
@@ -16,6 +17,7 @@ from supervisor.downloads.downloads import Asked, Downloads
 from supervisor.downloads.messages import FetchJob, Job, Plan, PlanJob, PlannedFile, Progress
 from supervisor.downloads.operation import Operation
 from supervisor.gate import LoadSpec
+from supervisor.journal import Journal
 from supervisor.settings import ModelSetting, Settings
 from supervisor.views import LoadResult
 from tests.support.fake_fleet import readiness
@@ -91,9 +93,12 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     return played
 
 
-def make(home: Path, played: Played, **settings: object) -> Downloads:
+def make(
+    home: Path, played: Played, journal: Journal | None = None, **settings: object
+) -> Downloads:
     given = {"hub_cache_dir": home / "cache", "download_disk_reserve_bytes": 0, **settings}
-    return Downloads(Settings(home=home, **given), "mark:", played.load)  # type: ignore[arg-type]
+    chosen = Settings(home=home, **given)  # type: ignore[arg-type]
+    return Downloads(chosen, "mark:", played.load, journal or Journal())
 
 
 @pytest.fixture
@@ -134,6 +139,20 @@ async def test_a_yes_begins_what_was_asked_for(downloads: Downloads, played: Pla
     assert downloads.view(operation.id).status == "done"
     assert operation.result is not None
     assert await refused(downloads.confirm(asked.token)) == "invalid_confirmation_token"
+
+
+async def test_its_beginning_and_its_end_are_events(tmp_path: Path, played: Played) -> None:
+    journal = Journal()
+    downloads = make(tmp_path, played, journal)
+    operation = await downloads.fetch("org/m")
+    await started(operation)
+    await downloads.cancel(operation.id)
+    await downloads.stop()
+    told = [msgspec.json.decode(journal.at(number).data) for number in range(journal.end)]
+    assert {(event["event"], event["model"]) for event in told} == {("download_changed", "org/m")}
+    assert [event["status"] for event in told] == ["queued", "downloading", "cancelled"]
+    assert [event["code"] for event in told] == [None, None, "download_cancelled"]
+    assert told[0]["download_id"] == operation.id
 
 
 async def test_who_asks_for_the_same_joins(downloads: Downloads, played: Played) -> None:

@@ -159,3 +159,20 @@ async def test_the_log_level_changes(client: httpx.AsyncClient, source: Source) 
 async def test_only_operators_reload(client: httpx.AsyncClient) -> None:
     answer = await client.post("/admin/config/reload", headers={"x-admin-key": "nobody"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "invalid_admin_key")
+
+
+async def test_a_reload_is_an_event_with_names_and_no_values(
+    client: httpx.AsyncClient, source: Source, fleet: FakeFleet
+) -> None:
+    source.set(api_key="a-new-key", port=9000)
+    assert (await reload(client)).status_code == 200
+    event = msgspec.json.decode(fleet.journal.at(0).data)
+    assert (event["event"], event["changed"]) == ("config_reloaded", ["port", "api_key"])
+    assert event["needs_restart"] == ["port"]
+    assert b"a-new-key" not in fleet.journal.at(0).data
+    source.settings = None
+    assert (await reload(client)).status_code == 400
+    event = msgspec.json.decode(fleet.journal.at(1).data)
+    assert (event["event"], event["message"]) == (
+        *("config_refused", "config.toml: unknown key 'prot'"),
+    )
