@@ -161,8 +161,7 @@ class IncidentStore:
             del self._incidents[old]
             self._unwritten.pop(old, None)
             self._surplus.append(old)
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.create_task(self._write(), name="write incidents")
+        self._begin_to_write()
 
     def get(self, incident_id: str) -> Incident | None:
         return self._incidents.get(incident_id)
@@ -173,11 +172,20 @@ class IncidentStore:
         return found[:limit]
 
     async def flush(self) -> None:
-        """Wait for the pending writes."""
-        if self._writer is not None:
+        """Wait for the pending writes; what has failed before is tried once more."""
+        if self._writer is None:
+            return
+        await self._writer
+        if self._unwritten or self._surplus:
+            self._begin_to_write()
             await self._writer
 
+    def _begin_to_write(self) -> None:
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write(), name="write incidents")
+
     async def _write(self) -> None:
+        """Write what there is; what cannot be written stays for the next time."""
         while self._unwritten or self._surplus:
             surplus, self._surplus = self._surplus, []
             incidents = [self._incidents[incident_id] for incident_id in self._unwritten]
@@ -187,8 +195,11 @@ class IncidentStore:
             except Exception as error:
                 jsonfile.note_written(self._folder, error)
                 log.error("cannot write incidents: %s", error)
-            else:
-                jsonfile.note_written(self._folder, None)
+                left = [each.id for each in incidents if each.id in self._incidents]
+                self._unwritten = dict.fromkeys([*left, *self._unwritten])
+                self._surplus = [*surplus, *self._surplus]
+                return
+            jsonfile.note_written(self._folder, None)
 
     def _write_now(self, incidents: Sequence[Incident], surplus: Sequence[str]) -> None:
         for old in surplus:

@@ -152,14 +152,14 @@ class WorkerProcess:
         if not broken and await self._wait(grace_s):
             return True
         if not self._exited.is_set():
-            self._signal(signal.SIGKILL if broken and self._is_stopped() else signal.SIGTERM)
+            self._signal(signal.SIGKILL if broken and self.is_stopped() else signal.SIGTERM)
         if await self._wait(min(grace_s, BROKEN_GRACE_S) if broken else grace_s):
             return True
         self._signal(signal.SIGKILL)
         return await self._wait(KILL_TIMEOUT_S)
 
-    def _is_stopped(self) -> bool:
-        """Whether a SIGTERM would only wait for the process to be continued."""
+    def is_stopped(self) -> bool:
+        """Whether whatever it is sent, a SIGTERM too, waits for the process to be continued."""
         try:
             return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
         except (psutil.Error, OSError):

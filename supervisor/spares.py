@@ -76,10 +76,10 @@ class Spare:
 
     @property
     def brisk(self) -> bool:
-        """Whether it has missed no beats: of one that was stopped a moment ago, whoever takes
-        it would only find out when the load stalls, after minutes."""
-        lately = _BEATS * self._settings.beat_interval_s
-        return self.ready and time.monotonic() - self._heard_at < lately
+        """Whether it has missed no beats and is not stopped: whoever takes one that is would
+        only find out when the load stalls, after minutes."""
+        lately = time.monotonic() - self._heard_at < _BEATS * self._settings.beat_interval_s
+        return self.ready and lately and not self.worker.process.is_stopped()
 
     @property
     def failure(self) -> str:

@@ -32,7 +32,10 @@ async def get_response(gateway: Gateway, call: Call) -> Response:
     one with the number ``starting_after``.
     """
     recording = in_background(gateway, call)
-    if call.query_params.get("stream") in (None, "false"):
+    stream = call.query_params.get("stream", "false")
+    if stream not in ("true", "false"):
+        raise invalid_value("stream", f"is {stream!r}, neither true nor false")
+    if stream == "false":
         return _state(gateway, call, recording)
     if recording is None:
         _stored(gateway, call)

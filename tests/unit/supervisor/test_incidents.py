@@ -150,6 +150,25 @@ async def test_the_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(list((tmp_path / "incidents").iterdir())) == 3
 
 
+async def test_what_could_not_be_written_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = IncidentStore(tmp_path)
+    first, second = opened(case()), opened(case())
+    with monkeypatch.context() as disk:
+
+        def full(*_: object) -> None:
+            raise OSError("no space left on device")
+
+        disk.setattr("supervisor.jsonfile.write", full)
+        store.put(first)
+        await store.flush()
+    assert IncidentStore(tmp_path).list() == []
+    store.put(second)
+    await store.flush()
+    assert {each.id for each in IncidentStore(tmp_path).list()} == {first.id, second.id}
+
+
 async def test_garbage_among_them_is_set_aside(tmp_path: Path) -> None:
     store = IncidentStore(tmp_path)
     store.put(opened(case()))

@@ -25,6 +25,10 @@ class FakeProcess:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.exit_status: int | None = None
+        self.stopped = False
+
+    def is_stopped(self) -> bool:
+        return self.stopped
 
     def is_dead(self) -> bool:
         return self.exit_status is not None
@@ -147,6 +151,9 @@ async def test_a_dead_or_silent_one_is_given_to_nobody(
     assert rig.spares.take("llama", "1") is None
     assert await rig.look() == 1
     monkeypatch.undo()
+    made[0].process.stopped = True
+    assert rig.spares.take("llama", "1") is None
+    made[0].process.stopped = False
     made[0].process.exit_status = -9
     assert rig.spares.take("llama", "1") is None
 

@@ -86,6 +86,8 @@ async def test_its_events_go_on_after_the_number_a_client_has_seen(
     assert whole.body == call.body + rest.body
     beyond = await ask(app, "GET", f"{PATH}/{response_id}?stream=true&starting_after=999")
     wrong = await ask(app, "GET", f"{PATH}/{response_id}?stream=true&starting_after=x")
+    neither = await ask(app, "GET", f"{PATH}/{response_id}?stream=maybe")
+    assert (neither.status, neither.json["error"]["param"]) == (400, "stream")
     for refused in (beyond, wrong):
         assert (refused.status, refused.json["error"]["param"]) == (400, "starting_after")
 
