@@ -83,6 +83,7 @@ LEAVES_MAY_IMPORT = {
     "inquiries": {"entries", "resumption"},
     "requests": {
         "inquiries",
+        "line",
         "suspects",
         "entries",
         "pace",
@@ -91,6 +92,7 @@ LEAVES_MAY_IMPORT = {
         "seeds",
         "stream",
     },
+    "ward": {"entries", "requests", "resumption"},
     "incidents": {"jsonfile"},
     "casefile": {"incidents"},
     "status": {"lifecycle", "quarantine"},

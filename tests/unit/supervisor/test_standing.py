@@ -13,11 +13,12 @@ from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Generate
 from supervisor.gate import ModelSpec
 from supervisor.lifecycle import Readiness, State
+from supervisor.line import Delivery
 from supervisor.memory_lessons import MemoryLessons
 from supervisor.memory_share import MemoryShare
 from supervisor.modelfiles import SIMULATED_TRAITS, ModelFiles
 from supervisor.quarantine import Account, Policy
-from supervisor.requests import Delivery, RequestTable
+from supervisor.requests import RequestTable
 from supervisor.standing import GRANTED_S, Standing
 from supervisor.traffic import Traffic
 
