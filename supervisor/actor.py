@@ -18,6 +18,7 @@ from protocol.messages import Inquiry, InquiryAnswer, Job
 from supervisor import lifecycle, status
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
+from supervisor.isolation import Isolation, Quarters
 from supervisor.lifecycle import Command, Event, Readiness
 from supervisor.memory_share import MemoryShare
 from supervisor.portrait import portray
@@ -31,22 +32,19 @@ from supervisor.stream import RequestStream
 from supervisor.traffic import Traffic
 from supervisor.views import ModelView, ReadinessView
 from supervisor.waiters import LoadWaiters
-from supervisor.worker import Worker
 
 log = logging.getLogger(__name__)
 
 
 class Actor(Standing):
-    """A tracked model. ``on_gone`` is called once, when it is tracked no more; ``take_spare``
-    gives a worker that waits for a model on a backend of a version, if there is one."""
+    """A tracked model. ``on_gone`` is called once, when it is tracked no more."""
 
     def __init__(
         self,
         spec: ModelSpec,
         services: Services,
-        *,
+        quarters: Quarters,
         on_gone: Callable[[], None],
-        take_spare: Callable[[str, str], Worker | None],
     ) -> None:
         self._requests = RequestTable(
             max_stream_buffer_bytes=services.settings.max_stream_buffer_bytes,
@@ -56,7 +54,7 @@ class Actor(Standing):
         super().__init__(spec, Traffic(self._requests), share, services.policy)
         self._services = services
         self._on_gone = on_gone
-        self._take_spare = take_spare
+        self._take_spare = quarters.spares.take
         #: ``None`` ends the task.
         self._inbox: asyncio.Queue[Event | None] = asyncio.Queue()
         #: Why the last worker's process is still there, if it is.
@@ -72,6 +70,9 @@ class Actor(Standing):
             fingerprints=services.fingerprints,
             convicts=services.convicts,
             metrics=services.metrics,
+        )
+        self._isolation = Isolation(
+            services, self._requests, quarters, tell=self._hear, buried=self._recorder.buried
         )
         self._loaded_at: float | None = None
         self._task: asyncio.Task[None] | None = None
@@ -134,9 +135,15 @@ class Actor(Standing):
         await self._changed.wait()
 
     async def left(self) -> None:
-        """Wait for the end of a worker that is being brought down, if it is, and stays so."""
+        """Wait for the end of what is being brought down, if it is, and stays so."""
         while self.ending:
             await self.changed()
+        await self._isolation.left()
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether a spare worker may be made: nothing goes on, or one is waited for."""
+        return self.rests or self._isolation.wants_spare or self.idle_s() is not None
 
     def submit(self, request: Job, *, streaming: bool, resume: bool = True) -> RequestStream:
         """See ``Fleet.submit``."""
@@ -174,6 +181,7 @@ class Actor(Standing):
             leaving=self.leaving,
             loaded_at=self._loaded_at,
             last_incident_id=self._recorder.last_incident_id,
+            isolating=self._isolation.view(),
         )
 
     def fail(self, generation: int, kind: FailureKind, reason: str) -> None:
@@ -183,6 +191,8 @@ class Actor(Standing):
     async def close(self) -> None:
         """End the task of a model that has no worker any more, and wait for it."""
         self.abandon()
+        self._isolation.end()
+        await self._isolation.left()
         if self._task is not None:
             await self._task
 
@@ -193,15 +203,18 @@ class Actor(Standing):
             event = await self._inbox.get()
             if event is None:
                 return
-            try:
-                self._apply(event)
-            except lifecycle.IllegalEvent as error:
-                log.error("%s: %s", self.spec.model_id, error)
-            except Exception:
-                # A model that nobody drives any more would be worse than what failed.
-                log.exception("%s: %s", self.spec.model_id, event)
+            self._hear(event)
             if isinstance(event, lifecycle.WorkerExited):
                 self._bury(event.generation)
+
+    def _hear(self, event: Event) -> None:
+        try:
+            self._apply(event)
+        except lifecycle.IllegalEvent as error:
+            log.error("%s: %s", self.spec.model_id, error)
+        except Exception:
+            # A model that nobody drives any more would be worse than what failed.
+            log.exception("%s: %s", self.spec.model_id, event)
 
     def _bury(self, number: int) -> None:
         """The process is gone: complete its incident and forget it."""
@@ -265,13 +278,23 @@ class Actor(Standing):
                 if self._generation is not None:
                     self._generation.case.note("routable")
                 self._requests.resume()
+                if not self.state.probation:
+                    self._isolation.begin(spec)
             case lifecycle.ParkRequests():
                 self._lose_worker()
                 error = self._error(ErrorCode.MODEL_CRASHED, command.reason)
-                self._requests.park(error, accuse=not self._was_killed_from_outside())
+                accuse = not _was_killed_from_outside(self._generation)
+                fates = self._requests.park(error, accuse=accuse)
+                status.log_parked(spec.model_id, command.reason, fates)
+            case lifecycle.ParkSuspects():
+                error = self._error(ErrorCode.MODEL_CRASHED, command.reason)
+                accuse = not _was_killed_from_outside(self._isolation.generation)
+                fates = self._isolation.park(error, accuse=accuse)
+                status.log_parked(spec.model_id, command.reason, fates)
             case lifecycle.FailRequests():
                 self._lose_worker()
                 self._requests.fail_all(self._error(command.code, command.reason))
+                self._isolation.end()
             case lifecycle.RecordPass():
                 assert self._prover.report is not None
                 assert self._generation is not None
@@ -324,20 +347,18 @@ class Actor(Standing):
 
     def _record_failure(self, failure: lifecycle.RecordFailure) -> None:
         account, now = self.state.account, time.monotonic()
+        generation, requests = self._generation, self._requests
+        if failure.in_cell:
+            generation, requests = self._isolation.generation, self._isolation.ward
+        blameless = failure.kind is None or _was_killed_from_outside(generation)
         self._recorder.failed(
             failure,
-            self._generation,
-            self._requests.running(),
-            convicted=self._convict() if failure.kind is not None else None,
+            generation,
+            requests.running(),
+            convicted=None if blameless else requests.convict(),
             quarantined=account.quarantined,
             crash_count=count_in_window(account, self._services.policy, now),
         )
-
-    def _convict(self) -> Job | None:
-        return None if self._was_killed_from_outside() else self._requests.convict()
-
-    def _was_killed_from_outside(self) -> bool:
-        return self._generation is not None and self._generation.killed_from_outside
 
     def _answer_loads(self, command: lifecycle.AnswerLoads) -> None:
         if command.code is None:
@@ -363,4 +384,9 @@ class Actor(Standing):
         )
         self._inbox.put_nowait(None)
         self._requests.fail_all(self._error(ErrorCode.MODEL_UNLOADED, "it is not tracked any more"))
+        self._isolation.end()
         self._on_gone()
+
+
+def _was_killed_from_outside(generation: Generation | None) -> bool:
+    return generation is not None and generation.killed_from_outside

@@ -22,6 +22,7 @@ from supervisor.downloads.downloads import Downloads
 from supervisor.gate import NO_OPTIONS, Gate, LoadSpec, ModelSpec
 from supervisor.idle_watch import IdleWatch
 from supervisor.ids import complaint_about_id
+from supervisor.isolation import Quarters
 from supervisor.marks import Janitor, await_gone, home_mark, kill_marked
 from supervisor.memory_room import MemoryRoom, Preview
 from supervisor.memory_watch import MemoryWatch
@@ -80,6 +81,7 @@ class Fleet:
         self._room = MemoryRoom(self._actors, services, self._spares)
         self._prober = Prober(lambda: self._gate, services, reserve=self._room.hold)
         self._room.trials = self._prober.trials
+        self._quarters = Quarters(self._spares, self._room.hold, self._prober.trials)
         #: How what is loaded, or was until it was idle, was asked for.
         self._last_loads: dict[str, LoadSpec] = {}
         #: Ids whose loads are being looked at, with their number.
@@ -101,7 +103,7 @@ class Fleet:
 
     def files_in_use(self) -> dict[Path, str]:
         """Where the models are that run or are about to, and their draft models: by whom."""
-        used = {trial.path: "a probe" for trial in self._prober.trials.values()}
+        used = {worker.path: worker.purpose for worker in self._prober.trials.values()}
         for name, actor in self._actors.items():
             if not actor.rests:
                 used[actor.spec.files.path] = name
@@ -304,6 +306,8 @@ class Fleet:
             for actor in list(self._actors.values()):
                 await actor.left()
                 await actor.close()
+            for worker in list(self._prober.trials.values()):
+                await worker.gone.wait()
             if self._janitor is not None:
                 self._janitor.dismiss()
             await self._services.flush()
@@ -315,10 +319,8 @@ class Fleet:
         return {actor.spec.backend for actor in self._actors.values() if not actor.rests}
 
     def _is_calm(self) -> bool:
-        """Whether nothing is being loaded and nobody waits for an answer."""
-        if self._room.turn.locked():
-            return False
-        return all(actor.rests or actor.idle_s() is not None for actor in self._actors.values())
+        """Whether nothing is being loaded and nobody waits for an answer, or for a spare."""
+        return not self._room.turn.locked() and all(a.is_calm for a in self._actors.values())
 
     def _actor(self, model_id: str) -> Actor:
         actor = self._actors.get(model_id)
@@ -405,9 +407,7 @@ class Fleet:
             del self._actors[model_id]
 
         self._last_loads[model_id] = spec
-        take = self._spares.take
-        actor = Actor(model, self._services, on_gone=forget, take_spare=take)
-        self._actors[model_id] = actor
+        self._actors[model_id] = actor = Actor(model, self._services, self._quarters, forget)
         actor.start(probation=spec.allow_unsupported_runtime)
         if actor.rests:
             raise actor.unstable()

@@ -95,7 +95,7 @@ LEAVES_MAY_IMPORT = {
     "ward": {"entries", "requests", "resumption"},
     "incidents": {"jsonfile"},
     "casefile": {"incidents"},
-    "status": {"lifecycle", "quarantine"},
+    "status": {"lifecycle", "quarantine", "resumption"},
     "ledger": {"jsonfile"},
 }
 EVERYONE_MAY_IMPORT = {"settings", "views"}
@@ -117,6 +117,8 @@ NOT_LEAVES = {
     "services",
     "gate",
     "generation",
+    "sideworker",
+    "isolation",
     "trial",
     "probe",
     "actor",
@@ -199,8 +201,10 @@ def test_nothing_below_imports_what_is_above() -> None:
         "gate",
         "records",
         "generation",
+        "sideworker",
         "trial",
         "probe",
+        "isolation",
         "standing",
         "actor",
         "memory_watch",
