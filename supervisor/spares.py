@@ -171,15 +171,9 @@ class Spares:
     def _waiting(self, backend: str, version: str) -> Spare | None:
         for spare in self._spares:
             hello = spare.worker.hello
-            if (
-                spare.ready
-                and hello
-                and (spare.backend, hello.backend_version)
-                == (
-                    backend,
-                    version,
-                )
-            ):
+            if not (spare.ready and hello and spare.backend == backend):
+                continue
+            if hello.backend_version == version:
                 return spare
         return None
 

@@ -143,3 +143,13 @@ async def test_one_that_dies_later_is_replaced(rig: Rig) -> None:
         made[-1].greet()
         made[-1].die()
     assert rig.spares.views() == []
+
+
+async def test_to_ask_for_one_does_not_take_it(rig: Rig) -> None:
+    rig.look()
+    assert not rig.spares.has("llama", "1")
+    made[0].greet("1")
+    assert rig.spares.has("llama", "1")
+    assert not rig.spares.has("llama", "2")
+    assert rig.spares.take("llama", "1") is not None
+    assert not rig.spares.has("llama", "1")
