@@ -178,7 +178,7 @@ class Rig:
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(5):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - its states set no event
                 await asyncio.sleep(0.001)
 
     async def in_cell(self, *names: str) -> None:
