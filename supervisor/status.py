@@ -110,7 +110,7 @@ def log_parked(model_id: str, reason: str, fates: Mapping[NextRun, int]) -> None
     }
     counts = [f"{fates[fate]} {what}" for fate, what in told.items() if fates.get(fate)]
     if counts:
-        log.info("%s: requests in flight when it was %s: %s", model_id, reason, ", ".join(counts))
+        log.info("%s: %s; in flight: %s", model_id, reason, ", ".join(counts))
 
 
 def log_transition(model_id: str, before: State | None, after: State | None) -> None:

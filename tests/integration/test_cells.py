@@ -159,7 +159,7 @@ def test_who_is_new_is_answered_before_the_suspects_are_through(crowd: Crowd) ->
     assert crowd.view()["readiness"]["crash_count"] == 2
     await_spares(server)
     assert len(server.workers()) == 3
-    assert "when it was killed by SIGSEGV: 8 " in server.text
+    assert "killed by SIGSEGV; in flight: 8 " in server.text
 
 
 def test_an_unload_ends_the_cell_as_well(crowd: Crowd) -> None:
