@@ -54,10 +54,12 @@ class SideWorker:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self.prover = Prover(requests, self._events.put_nowait)
         self._ending = False
+        self._given: Worker | None = None
 
     def spawn(self, worker: Worker | None = None) -> Generation:
         """Start it, or give ``worker``, which waits for a model, this one. Raises whatever keeps
         a process from being made."""
+        self._given = worker
         self.generation = Generation(
             NUMBER,
             self._spec,
@@ -87,11 +89,14 @@ class SideWorker:
         return event
 
     async def end(self, *, broken: bool) -> None:
-        """Bring it down, if it was spawned, and wait for its end."""
+        """Bring it down, if it was spawned or given, and wait for its end."""
         self._ending = True
         self._requests.disconnect()
         self.prover.cancel()
         if self.generation is None:
+            if self._given is not None:
+                grace_s = self._services.settings.stop_grace_s
+                await self._given.process.stop(grace_s=grace_s, broken=True)
             self.gone.set()
             return
         self.generation.stop(broken=broken)

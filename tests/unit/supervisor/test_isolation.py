@@ -116,6 +116,8 @@ class Rig:
         self.may_prove = asyncio.Event()
         self.may_prove.set()
         self.told: list[Event] = []
+        #: Workers that were taken and could not be used, and how they were stopped.
+        self.unused: list[bool] = []
         self.buried: list[FakeGeneration] = []
         self.beside: dict[str, SideWorker] = {}
         self.on_tell: Callable[[], object] = self.park
@@ -133,7 +135,11 @@ class Rig:
             return None
         self.spares -= 1
         self.pids += 1
-        return SimpleNamespace(process=SimpleNamespace(pid=self.pids))
+        return SimpleNamespace(process=SimpleNamespace(pid=self.pids, stop=self.stop_unused))
+
+    async def stop_unused(self, *, grace_s: float, broken: bool) -> None:
+        assert grace_s > 0
+        self.unused.append(broken)
 
     @asynccontextmanager
     async def reserve(self, spec: ModelSpec) -> AsyncIterator[None]:
@@ -301,6 +307,23 @@ async def test_one_that_comes_too_late_gets_nobody(rig: Rig) -> None:
     assert (cell.stops, cell.sent.running, rig.main.running) == ([False], [], ["a"])
 
 
+async def test_the_suspects_of_the_next_crash_join_them(rig: Rig) -> None:
+    rig.spares = 2
+    rig.crash("a")
+    rig.open("new")
+    await rig.in_cell("a")
+    cell = rig.cell
+    rig.crash("b")
+    assert (rig.main.running, cell.sent.running) == (["new"], ["a"])
+    rig.open("newer")
+    await rig.until(lambda: rig.main.running == ["newer"])
+    for name in ("a", "new", "b"):
+        assert cell.sent.running == [name]
+        cell.sent.finish(rig.isolation.ward, name)
+    await rig.over()
+    assert (rig.buried, rig.spares) == ([cell], 1)
+
+
 async def test_its_failure_is_told_once_and_the_rest_go_to_the_next(rig: Rig) -> None:
     rig.spares = 2
     bad, _ = rig.crash("bad", "b")
@@ -425,5 +448,5 @@ async def test_what_cannot_be_started_changes_nothing(
     rig.crash("a")
     rig.open("new")
     await rig.over()
-    assert rig.main.running == ["a"]
+    assert (rig.main.running, rig.unused) == (["a"], [True])
     assert "no more files" in caplog.text
