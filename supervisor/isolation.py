@@ -168,6 +168,8 @@ class Isolation:
         """Have a cell for as long as it is needed. False if none can be had, for these suspects."""
         try:
             async with self._quarters.reserve(spec):
+                if not self._is_needed:
+                    return True
                 worker = self._quarters.spares.take(spec.backend, spec.backend_version)
                 return worker is not None and await self._house(spec, worker, gone)
         except CodedError as refusal:

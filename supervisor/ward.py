@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from protocol.errors import CodedError
 from supervisor.entries import Entry
 from supervisor.requests import RequestTable
-from supervisor.resumption import NextRun
 
 
 class Ward(RequestTable):
@@ -56,13 +53,6 @@ class Ward(RequestTable):
                 entry.stream.fail(error)
         self._home.take(self._give(list(self._entries.values())))
         self._flows = False
-
-    def park(self, error: CodedError, *, accuse: bool = True) -> Counter[NextRun]:
-        """See ``RequestTable.park``; who is no suspect need not wait for the next worker here."""
-        fates = super().park(error, accuse=accuse)
-        others = [entry for entry in self._entries.values() if not entry.suspect]
-        self._home.take(self._give(others))
-        return fates
 
     def _pause_and_call_next(self) -> None:
         entry = self._suspects.current

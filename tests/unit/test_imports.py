@@ -92,7 +92,7 @@ LEAVES_MAY_IMPORT = {
         "seeds",
         "stream",
     },
-    "ward": {"entries", "requests", "resumption"},
+    "ward": {"entries", "requests"},
     "incidents": {"jsonfile"},
     "casefile": {"incidents"},
     "status": {"lifecycle", "quarantine", "resumption"},

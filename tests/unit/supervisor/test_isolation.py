@@ -418,7 +418,11 @@ async def test_to_end_it_while_it_closes_does_not_cut_that_short(
     assert rig.buried == [cell]
 
 
-async def test_a_failure_that_ends_the_model_ends_its_cell(rig: Rig) -> None:
+async def test_a_failure_that_ends_the_model_ends_its_cell(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGeneration, "ends", False)
+
     def quarantine() -> None:
         rig.requests.fail_all(CRASHED)
         rig.isolation.end()
@@ -430,8 +434,12 @@ async def test_a_failure_that_ends_the_model_ends_its_cell(rig: Rig) -> None:
     await rig.in_cell("a")
     cell = rig.cell
     cell.post(SEGFAULT)
-    await rig.until(lambda: rig.told)
-    await rig.isolation.left()
+    await cell.stopped.wait()
+    leaving = asyncio.create_task(rig.isolation.left())
+    await asyncio.sleep(0)
+    assert (leaving.done(), list(rig.beside)) == (False, ["/cell/1"])
+    cell.exit()
+    await leaving
     await rig.over()
     assert (cell.stops, rig.buried, rig.spares) == ([True], [cell], 1)
     assert all(stream.failed for stream in streams)
