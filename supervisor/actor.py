@@ -16,11 +16,10 @@ from collections.abc import Callable
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Inquiry, InquiryAnswer, Job
 from supervisor import lifecycle, status
-from supervisor.footprint import resident_gb
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
-from supervisor.lifecycle import Command, Event, Readiness, State
-from supervisor.memory import Footprint
+from supervisor.isolation import Isolation, Quarters
+from supervisor.lifecycle import Command, Event, Readiness
 from supervisor.memory_share import MemoryShare
 from supervisor.portrait import portray
 from supervisor.proof import Prover
@@ -28,51 +27,46 @@ from supervisor.quarantine import FailureKind, count_in_window
 from supervisor.recorder import Recorder
 from supervisor.requests import RequestTable
 from supervisor.services import Services
+from supervisor.standing import Standing
 from supervisor.stream import RequestStream
 from supervisor.traffic import Traffic
 from supervisor.views import ModelView, ReadinessView
 from supervisor.waiters import LoadWaiters
-from supervisor.worker import Worker
 
 log = logging.getLogger(__name__)
 
-#: A model that has been loaded and not been used yet is not unloaded for another until then.
-GRANTED_S = 10.0
 
-
-class Actor:
-    """A tracked model. ``on_gone`` is called once, when it is tracked no more; ``take_spare``
-    gives a worker that waits for a model on a backend of a version, if there is one."""
+class Actor(Standing):
+    """A tracked model. ``on_gone`` is called once, when it is tracked no more."""
 
     def __init__(
         self,
         spec: ModelSpec,
         services: Services,
-        *,
+        quarters: Quarters,
         on_gone: Callable[[], None],
-        take_spare: Callable[[str, str], Worker | None],
     ) -> None:
-        self.spec = spec
-        self._services = services
-        self._on_gone = on_gone
-        self._take_spare = take_spare
-        self._state: State | None = None
-        #: ``None`` ends the task.
-        self._inbox: asyncio.Queue[Event | None] = asyncio.Queue()
         self._requests = RequestTable(
             max_stream_buffer_bytes=services.settings.max_stream_buffer_bytes,
             max_inquiries=services.settings.max_queue,
         )
-        self._traffic = Traffic(self._requests)
-        self._generation: Generation | None = None
+        share = MemoryShare(spec, services.lessons)
+        super().__init__(spec, Traffic(self._requests), share, services.policy)
+        self._services = services
+        self._on_gone = on_gone
+        self._take_spare = quarters.spares.take
+        #: ``None`` ends the task.
+        self._inbox: asyncio.Queue[Event | None] = asyncio.Queue()
         #: Why the last worker's process is still there, if it is.
         self.left_behind: str | None = None
         self._prover = Prover(self._requests, self._inbox.put_nowait)
         self._timer: asyncio.TimerHandle | None = None
         self._load_waiters = LoadWaiters()
         self._changed = asyncio.Event()
-        self._share = MemoryShare(spec, services.lessons)
         self._recorder = Recorder(spec, services)
+        self._isolation = Isolation(
+            services, self._requests, quarters, tell=self._hear, buried=self._recorder.buried
+        )
         self._loaded_at: float | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -104,7 +98,7 @@ class Actor:
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests until ``unload``, and wait for the end of those that run."""
         try:
-            await self._traffic.drain(timeout_s, self._is_routable)
+            await self._traffic.drain(timeout_s, self.is_routable)
         except BaseException:
             # It is not leaving after all: who waits for that looks again.
             self._wake()
@@ -143,43 +137,15 @@ class Actor:
         self._changed = asyncio.Event()
 
     async def left(self) -> None:
-        """Wait for the end of a worker that is being brought down, if it is, and stays so."""
+        """Wait for the end of what is being brought down, if it is, and stays so."""
         while self.ending:
             await self.changed()
+        await self._isolation.left()
 
     @property
-    def tracked(self) -> bool:
-        return self._state is not None
-
-    @property
-    def rests(self) -> bool:
-        """Whether nothing runs for the model any more: it is quarantined."""
-        return self._state is not None and self._state.readiness is Readiness.QUARANTINED
-
-    @property
-    def stays(self) -> bool:
-        """Whether it runs, or is about to, and nobody has asked for its end."""
-        return self.tracked and not (self.rests or self.leaving)
-
-    @property
-    def ending(self) -> bool:
-        """Whether its worker is being brought down, with nothing to come after it."""
-        state = self._state
-        return state is not None and (state.unloading or (self.rests and state.worker_alive))
-
-    @property
-    def leaving(self) -> bool:
-        """Whether it is on its way out: its requests may still be running."""
-        return self.ending or (self._traffic.draining and self.tracked)
-
-    @property
-    def state(self) -> State:
-        """Raises ``model_not_found`` once the model is not tracked any more."""
-        if self._state is None:
-            raise CodedError(
-                ErrorCode.MODEL_NOT_FOUND, f"model {self.spec.model_id!r} is not loaded"
-            )
-        return self._state
+    def is_calm(self) -> bool:
+        """Whether a spare worker may be made: nothing goes on, or one is waited for."""
+        return self.rests or self._isolation.wants_spare or self.idle_s() is not None
 
     def submit(self, request: Job, *, streaming: bool, resume: bool = True) -> RequestStream:
         """See ``Fleet.submit``."""
@@ -207,34 +173,6 @@ class Actor:
             may_wait=self._services.settings.load_on_demand,
         )
 
-    def idle_s(self) -> float | None:
-        """Seconds without anything to do; None while there is, or it takes no traffic, or has
-        to prove itself."""
-        if not self._is_routable() or self.state.probation:
-            return None
-        return self._traffic.idle_s()
-
-    def _is_routable(self) -> bool:
-        state = self._state
-        return state is not None and state.readiness is Readiness.ROUTABLE and not self.ending
-
-    @property
-    def evictable_s(self) -> float | None:
-        """``idle_s`` of a model that may be unloaded for another; else None."""
-        idle_s = self.idle_s()
-        if idle_s is None or self.spec.pinned or self.spec.keep_alive_sec == 0:
-            return None
-        # Whoever asked for it has a moment to use it.
-        just_granted = self._traffic.count == 0 and idle_s < GRANTED_S
-        return None if just_granted else idle_s
-
-    @property
-    def promised(self) -> int:
-        """Bytes that it may take, with what may still come."""
-        if self._state is None or (self.rests and not self._state.worker_alive):
-            return 0
-        return self._share.promised
-
     def view(self) -> ModelView:
         """Raises ``model_not_found`` once the model is not tracked any more."""
         return portray(
@@ -246,35 +184,8 @@ class Actor:
             leaving=self.leaving,
             loaded_at=self._loaded_at,
             last_incident_id=self._recorder.last_incident_id,
+            isolating=self._isolation.view(),
         )
-
-    def readiness(self) -> ReadinessView:
-        """Raises ``model_not_found`` once the model is not tracked any more."""
-        return status.readiness_view(self.state, self._services.policy)
-
-    def memory_gb(self) -> float | None:
-        """Resident memory of the worker in GB (1e9 bytes); None without a worker."""
-        return None if self._generation is None else resident_gb(self._generation.pid)
-
-    @property
-    def dying(self) -> bool:
-        """Whether its worker is being brought down, so that its memory is about to be free."""
-        state = self._state
-        return state is not None and state.worker_alive and (state.failed or state.unloading)
-
-    @property
-    def worker(self) -> tuple[int, int] | None:
-        """Generation and pid of the live worker."""
-        if self._generation is None or self._generation.exit_status is not None:
-            return None
-        return self._generation.number, self._generation.pid
-
-    def footprint(self, generation: int, size: int) -> Footprint | None:
-        """Note what the worker holds, in bytes; None if it is another one by now."""
-        if self._generation is None or self._generation.number != generation:
-            return None
-        self._generation.case.sample(size)
-        return self._share.measured(generation, size)
 
     def fail(self, generation: int, kind: FailureKind, reason: str) -> None:
         """Somebody outside found the worker to be failing."""
@@ -283,6 +194,8 @@ class Actor:
     async def close(self) -> None:
         """End the task of a model that has no worker any more, and wait for it."""
         self.abandon()
+        self._isolation.end()
+        await self._isolation.left()
         if self._task is not None:
             await self._task
 
@@ -293,15 +206,18 @@ class Actor:
             event = await self._inbox.get()
             if event is None:
                 return
-            try:
-                self._apply(event)
-            except lifecycle.IllegalEvent as error:
-                log.error("%s: %s", self.spec.model_id, error)
-            except Exception:
-                # A model that nobody drives any more would be worse than what failed.
-                log.exception("%s: %s", self.spec.model_id, event)
+            self._hear(event)
             if isinstance(event, lifecycle.WorkerExited):
                 self._bury(event.generation)
+
+    def _hear(self, event: Event) -> None:
+        try:
+            self._apply(event)
+        except lifecycle.IllegalEvent as error:
+            log.error("%s: %s", self.spec.model_id, error)
+        except Exception:
+            # A model that nobody drives any more would be worse than what failed.
+            log.exception("%s: %s", self.spec.model_id, event)
 
     def _bury(self, number: int) -> None:
         """The process is gone: complete its incident and forget it."""
@@ -364,13 +280,23 @@ class Actor:
                 if self._generation is not None:
                     self._generation.case.note("routable")
                 self._requests.resume()
+                if not self.state.probation:
+                    self._isolation.begin(spec)
             case lifecycle.ParkRequests():
                 self._lose_worker()
                 error = self._error(ErrorCode.MODEL_CRASHED, command.reason)
-                self._requests.park(error, accuse=not self._was_killed_from_outside())
+                accuse = not _was_killed_from_outside(self._generation)
+                fates = self._requests.park(error, accuse=accuse)
+                status.log_parked(spec.model_id, command.reason, fates)
+            case lifecycle.ParkSuspects():
+                error = self._error(ErrorCode.MODEL_CRASHED, command.reason)
+                accuse = not _was_killed_from_outside(self._isolation.generation)
+                fates = self._isolation.park(error, accuse=accuse)
+                status.log_parked(spec.model_id, command.reason, fates)
             case lifecycle.FailRequests():
                 self._lose_worker()
                 self._requests.fail_all(self._error(command.code, command.reason))
+                self._isolation.end()
             case lifecycle.RecordPass():
                 assert self._generation is not None
                 self._recorder.passed(self._prover.report, self._generation.case.parts_s())
@@ -422,20 +348,18 @@ class Actor:
 
     def _record_failure(self, failure: lifecycle.RecordFailure) -> None:
         account, now = self.state.account, time.monotonic()
+        generation, requests = self._generation, self._requests
+        if failure.in_cell:
+            generation, requests = self._isolation.generation, self._isolation.ward
+        blameless = failure.kind is None or _was_killed_from_outside(generation)
         self._recorder.failed(
             failure,
-            self._generation,
-            self._requests.running(),
-            convicted=self._convict() if failure.kind is not None else None,
+            generation,
+            requests.running(),
+            convicted=None if blameless else requests.convict(),
             quarantined=account.quarantined,
             crash_count=count_in_window(account, self._services.policy, now),
         )
-
-    def _convict(self) -> Job | None:
-        return None if self._was_killed_from_outside() else self._requests.convict()
-
-    def _was_killed_from_outside(self) -> bool:
-        return self._generation is not None and self._generation.killed_from_outside
 
     def _answer_loads(self, command: lifecycle.AnswerLoads) -> None:
         if command.code is None:
@@ -461,4 +385,9 @@ class Actor:
         )
         self._inbox.put_nowait(None)
         self._requests.fail_all(self._error(ErrorCode.MODEL_UNLOADED, "it is not tracked any more"))
+        self._isolation.end()
         self._on_gone()
+
+
+def _was_killed_from_outside(generation: Generation | None) -> bool:
+    return generation is not None and generation.killed_from_outside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -20,7 +21,7 @@ class Entry:
     ``asked`` is the request as it came, ``request`` what its next run is. The current one
     has ``begun`` to answer; ``made_before`` is how many tokens there were already.
     ``suspect``: it was in flight when a worker died; ``convicted``: it is to blame for that.
-    ``opened_at`` is on the table's clock.
+    ``opened_at`` is on the table's clock. ``let_go``: of the table that has it.
     """
 
     id: int
@@ -29,6 +30,7 @@ class Entry:
     stream: RequestStream
     is_canary: bool
     opened_at: float
+    let_go: Callable[[Entry], None]
     sent: bool = False
     begun: bool = False
     runs: int = 0
@@ -38,19 +40,25 @@ class Entry:
 
     @property
     def gained(self) -> int:
-        """Tokens that its current run has added."""
+        """Tokens that its current run has added; those of a suspect since the crash."""
         return self.stream.completion_tokens - self.made_before
 
-    def run_as(self, request_id: int) -> bool:
-        """Take it from its worker, to run later from where it is; False if it cannot."""
-        kept = self.stream.kept.whole if self.stream.kept is not None else []
-        if not kept:
+    def run_as(self, request_id: int, *, anew: bool = False) -> bool:
+        """Take it from its worker, to run later from where it is; with ``anew`` from its
+        beginning, if need be and nobody has seen anything of it. False if it cannot."""
+        stream = self.stream
+        kept = stream.kept.whole if stream.kept is not None else []
+        if kept:
+            self.request = msgspec.structs.replace(self.request, resume_tokens=kept)
+            if not self.suspect:
+                self.made_before = stream.completion_tokens
+        elif anew and not stream.delivered:
+            stream.restart()
+            self.made_before = 0
+        else:
             return False
         self.id = request_id
-        self.request = msgspec.structs.replace(
-            self.request, request_id=request_id, resume_tokens=kept
-        )
-        self.made_before = self.stream.completion_tokens
+        self.request = msgspec.structs.replace(self.request, request_id=request_id)
         self.sent = self.begun = False
         # It has not been lost.
         self.runs -= 1
@@ -73,8 +81,8 @@ class OpenInquiry:
             self.answer.set_exception(error)
 
 
-def prepare_next_run(entry: Entry, alone: bool) -> bool:
-    """Whether there is one, now that the worker that had the request is gone."""
+def prepare_next_run(entry: Entry, alone: bool) -> NextRun:
+    """What it is, now that the worker that had the request is gone."""
     stream = entry.stream
     made, kept = stream.completion_tokens, stream.kept.whole if stream.kept is not None else []
     lost = Lost(
@@ -85,16 +93,14 @@ def prepare_next_run(entry: Entry, alone: bool) -> bool:
         delivered=stream.delivered,
         alone=alone,
     )
-    match next_run(lost):
-        case NextRun.RESUMED:
-            stream.resumes += 1
-            entry.made_before = made
-            entry.request = msgspec.structs.replace(entry.request, resume_tokens=kept)
-        case NextRun.AGAIN:
-            stream.restart()
-        case NextRun.NONE:
-            return False
-    return True
+    following = next_run(lost)
+    if following is NextRun.RESUMED:
+        stream.resumes += 1
+        entry.made_before = made
+        entry.request = msgspec.structs.replace(entry.request, resume_tokens=kept)
+    elif following is NextRun.AGAIN:
+        stream.restart()
+    return following
 
 
 def blamed(error: CodedError, entry: Entry) -> CodedError:

@@ -18,6 +18,7 @@ from supervisor.autoload import Autoload, ReportAutoload
 from supervisor.downloads.downloads import Downloads
 from supervisor.gate import NO_OPTIONS, Gate, LoadSpec
 from supervisor.idle_watch import IdleWatch
+from supervisor.isolation import Quarters
 from supervisor.loads import Loads
 from supervisor.marks import Janitor
 from supervisor.memory_room import MemoryRoom, Preview
@@ -84,12 +85,13 @@ class Fleet:
         self._room = MemoryRoom(self._actors, services, self._spares)
         self._prober = Prober(lambda: self._gate, services, reserve=self._room.hold)
         self._room.trials = self._prober.trials
+        quarters = Quarters(self._spares, self._room.hold, self._prober.trials)
         self._loads = Loads(
             self._actors,
             services,
             lambda: self._gate,
             room=self._room,
-            spares=self._spares,
+            quarters=quarters,
             resting=self._resting,
         )
         #: What goes on by itself until the end.
@@ -109,7 +111,7 @@ class Fleet:
 
     def files_in_use(self) -> dict[Path, str]:
         """Where the models are that run or are about to, and their draft models: by whom."""
-        used = {trial.path: "a probe" for trial in self._prober.trials.values()}
+        used = {worker.path: worker.purpose for worker in self._prober.trials.values()}
         for name, actor in self._actors.items():
             if not actor.rests:
                 used[actor.spec.files.path] = name
@@ -291,6 +293,7 @@ class Fleet:
         steps += [(actor.spec.model_id, partial(_unload, actor)) for actor in actors]
         steps += [("probe", self._prober.stop), ("spare workers", self._spares.drop)]
         steps += [(actor.spec.model_id, partial(_end, actor)) for actor in actors]
+        steps.append(("workers beside the models", self._see_off))
         try:
             went_well = [await _tried(name, step) for name, step in steps]
             if self._janitor is not None and all(went_well):
@@ -300,14 +303,17 @@ class Fleet:
             await _tried("count of starts", self._configured.went_well)
             self._services.close()
 
+    async def _see_off(self) -> None:
+        """Wait until the workers are gone that were called off."""
+        for worker in list(self._prober.trials.values()):
+            await worker.gone.wait()
+
     def _backends_in_use(self) -> set[str]:
         return {actor.spec.backend for actor in self._actors.values() if not actor.rests}
 
     def _is_calm(self) -> bool:
-        """Whether nothing is being loaded and nobody waits for an answer."""
-        if self._room.turn.locked():
-            return False
-        return all(actor.rests or actor.idle_s() is not None for actor in self._actors.values())
+        """Whether nothing is being loaded and nobody waits for an answer, or for a spare."""
+        return not self._room.turn.locked() and all(a.is_calm for a in self._actors.values())
 
     def _actor(self, model_id: str) -> Actor:
         actor = self._actors.get(model_id)

@@ -46,9 +46,10 @@ from supervisor.casefile import ALIVE, GREETED, LOADED, CaseFile
 from supervisor.channel import ChannelClosed, ChannelFull
 from supervisor.gate import ModelSpec
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed, WorkerLoaded
+from supervisor.line import Delivery
 from supervisor.marks import end_helpers
 from supervisor.quarantine import FailureKind
-from supervisor.requests import Delivery, RequestTable
+from supervisor.requests import RequestTable
 from supervisor.services import Services
 from supervisor.watchdog import Watchdog
 from supervisor.worker import Worker

@@ -18,10 +18,10 @@ from protocol.errors import CodedError, ErrorCode
 from supervisor.actor import Actor
 from supervisor.gate import NO_OPTIONS, Gate, LoadSpec, ModelSpec
 from supervisor.ids import complaint_about_id
+from supervisor.isolation import Quarters
 from supervisor.memory_room import MemoryRoom
 from supervisor.resting import Resting
 from supervisor.services import Services
-from supervisor.spares import Spares
 from supervisor.status import note_refusal
 
 
@@ -38,14 +38,14 @@ class Loads:
         gate: Callable[[], Gate],
         *,
         room: MemoryRoom,
-        spares: Spares,
+        quarters: Quarters,
         resting: Resting,
     ) -> None:
         self._actors = actors
         self._services = services
         self._gate = gate
         self._room = room
-        self._spares = spares
+        self._quarters = quarters
         self._resting = resting
         #: How what is loaded, or was until it was idle, was asked for.
         self._last: dict[str, LoadSpec] = {}
@@ -184,9 +184,7 @@ class Loads:
             del self._actors[model_id]
 
         self._last[model_id] = spec
-        take = self._spares.take
-        actor = Actor(model, self._services, on_gone=forget, take_spare=take)
-        self._actors[model_id] = actor
+        self._actors[model_id] = actor = Actor(model, self._services, self._quarters, forget)
         actor.start(probation=spec.allow_unsupported_runtime)
         if actor.rests:
             raise actor.unstable()

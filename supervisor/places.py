@@ -7,6 +7,8 @@ others out for ever.
 
 from __future__ import annotations
 
+from protocol.errors import CodedError, ErrorCode
+
 #: A client may hold this many times what is free. Alone it gets four fifths of all places;
 #: two such get four ninths each, n of them 4/(4n + 1): something is left for the next.
 GREED = 4
@@ -23,3 +25,15 @@ def most_of_one(limit: int) -> int:
     while may_enter(own, own, limit):
         own += 1
     return own
+
+
+def no_place(own: int, taken: int, limit: int, retry_after_s: float) -> CodedError:
+    """The refusal of one that ``may_enter`` not."""
+    if taken >= limit:
+        reason = f"the model has {taken} requests in hand already (limit {limit})"
+    else:
+        reason = (
+            f"{own} of the model's {taken} requests in hand are this client's; "
+            f"the last of {limit} places are for others"
+        )
+    return CodedError(ErrorCode.RATE_LIMIT_EXCEEDED, reason, retry_after_s=retry_after_s)

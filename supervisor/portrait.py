@@ -10,7 +10,7 @@ from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.lifecycle import State
 from supervisor.traffic import Traffic
-from supervisor.views import ModelView, ReadinessView
+from supervisor.views import IsolationView, ModelView, ReadinessView
 
 
 def portray(
@@ -23,12 +23,15 @@ def portray(
     leaving: bool,
     loaded_at: float | None,
     last_incident_id: str | None,
+    isolating: IsolationView | None,
 ) -> ModelView:
     """``leaving``: its end has been asked for; ``loaded_at`` is in epoch seconds."""
     model = generation.model if generation is not None else None
     in_hand = len(traffic.requests)
     # The worker fills its slots with what it has got.
     in_flight = min(traffic.requests.sent(), model.max_sequences) if model is not None else 0
+    if (ward := traffic.requests.ward) is not None:
+        in_flight += ward.sent()
     alive = generation is not None and generation.exit_status is None
     return ModelView(
         id=spec.model_id,
@@ -50,6 +53,7 @@ def portray(
         keep_alive_sec=spec.keep_alive_sec,
         pinned=spec.pinned,
         last_incident_id=last_incident_id,
+        isolating=isolating,
         **_model_traits(model),
     )
 

@@ -18,6 +18,7 @@ from supervisor.compatibility import Outcome
 from supervisor.gate import Gate, LoadSpec, ModelSpec
 from supervisor.recorder import OUTPUT_BYTES, measured, remember
 from supervisor.services import Services
+from supervisor.sideworker import SideWorker
 from supervisor.trial import NAME, Ended, Trial
 from supervisor.views import BackendProbe, ProbeResult
 
@@ -64,8 +65,9 @@ class Prober:
         self._probed = ""
         self._called_off = False
         self._stopped = False
-        #: The trial under way, if there is one, for the memory watch.
-        self.trials: dict[str, Trial] = {}
+        #: Workers beside those of the models, for the memory watch: that of the trial under
+        #: way, and whatever others put there.
+        self.trials: dict[str, SideWorker] = {}
 
     async def probe(self, spec: ProbeSpec) -> ProbeResult:
         """Try each backend. Who is cancelled calls the probe off.
@@ -161,7 +163,7 @@ class Prober:
         trial = Trial(model, self._services, strict=self._is_quarantined(model))
         try:
             async with self._reserve(model):
-                self.trials[NAME] = trial
+                self.trials[NAME] = trial.worker
                 try:
                     ended = await trial.run(timeout_s)
                 finally:

@@ -7,6 +7,7 @@ whole, need not: every client of the model waits for it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable
 
@@ -25,6 +26,8 @@ from supervisor.lifecycle import CanaryPassed, Event, LoadRefused, RunCanary, Wo
 from supervisor.quarantine import FailureKind
 from supervisor.requests import RequestTable
 from supervisor.stream import RequestStream
+
+log = logging.getLogger(__name__)
 
 
 async def prove(
@@ -102,9 +105,17 @@ class Prover:
             self._task = None
 
     async def _run(self, model: Loaded, command: RunCanary, timeout_s: float) -> None:
-        event, proof = await prove(
-            self._requests, model, command, timeout_s=timeout_s, known=self._known
-        )
+        proof: Proof | None = None
+        event: Event
+        try:
+            event, proof = await prove(
+                self._requests, model, command, timeout_s=timeout_s, known=self._known
+            )
+        except Exception as error:
+            # Whoever waits for the canary would wait for ever.
+            log.exception("the canary of generation %d", command.generation)
+            reason = f"canary: {type(error).__name__}: {error}"
+            event = WorkerFailed(command.generation, FailureKind.CANARY, reason, random.random())
         self.report = None if proof is None else proof.report
         if proof is not None:
             self._known = proof.recalled

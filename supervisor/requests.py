@@ -8,8 +8,8 @@ what can do neither ends in a typed error. See ``resumption``.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from enum import StrEnum
 from itertools import count
 
 import msgspec
@@ -30,7 +30,6 @@ from protocol.messages import (
     Rejected,
     Started,
     Tokenize,
-    ToWorker,
 )
 from supervisor.entries import (
     Entry,
@@ -40,31 +39,16 @@ from supervisor.entries import (
     worker_blocked,
 )
 from supervisor.inquiries import Inquiries
+from supervisor.line import Delivery, Line, SendToWorker
 from supervisor.pace import Pace
-from supervisor.places import may_enter
+from supervisor.places import may_enter, no_place
+from supervisor.resumption import NextRun
 from supervisor.seeds import seeded
 from supervisor.stream import Prefill, RequestStream
 from supervisor.suspects import Suspects, convict
 
-#: Requests that were given up and of which the worker has not told the end yet. It does
-#: so within a step: one that has so many does not read, and what it is sent piles up.
-MAX_GIVEN_UP = 64
-
 #: Ids are unique within one supervisor, so that no message can be mistaken.
 _ids = count(1)
-
-
-class Delivery(StrEnum):
-    """What became of a message to the worker."""
-
-    SENT = "sent"
-    #: The worker is dying or dead; its exit is about to be told.
-    LOST = "lost"
-    #: The worker is alive and does not read.
-    BLOCKED = "blocked"
-
-
-SendToWorker = Callable[[ToWorker], Delivery]
 
 
 class RequestTable:
@@ -86,36 +70,43 @@ class RequestTable:
         self._clock = clock
         self._pace = Pace()
         self._entries: dict[int, Entry] = {}
-        #: Given up, and not ended yet at the worker; by id, whether that was told.
-        self._given_up: dict[int, bool] = {}
         self._inquiries = Inquiries(
             max_inquiries, run=self._run, call_off=self._call_off, when_free=self._call_next
         )
-        self._send: SendToWorker | None = None
+        self._line = Line()
         self._flows = False
         self._suspects = Suspects()
         #: When the last request ended, or traffic began: since then there was nothing to do.
         self.idle_since = clock()
+        #: Has those that run apart. They are this one's all the same.
+        self.ward: RequestTable | None = None
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) + len(self._apart())
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do, inquiries included."""
-        return bool(self._entries or self._inquiries)
+        return bool(self._entries or self._inquiries or self._apart())
+
+    @property
+    def suspects(self) -> int:
+        """How many are to run alone; without those in the ward."""
+        return sum(entry.suspect for entry in self._entries.values())
+
+    def _apart(self) -> list[Entry]:
+        ward = self.ward
+        return [] if ward is None else [e for e in ward._entries.values() if not e.is_canary]
 
     def connect(self, send: SendToWorker) -> None:
         """From now on ``send`` reaches a worker that has loaded its model."""
-        self._given_up.clear()
-        self._send = send
-        self._flows = False
+        self._line.connect(send)
+        self._flows, self._suspects.current = False, None
 
     def disconnect(self) -> None:
         """The worker is lost; nothing reaches it any more."""
-        self._given_up.clear()
-        self._send = None
-        self._flows = False
+        self._line.connect(None)
+        self._flows, self._suspects.current = False, None
 
     def open(
         self,
@@ -134,12 +125,12 @@ class RequestTable:
         """
         if limit is not None:
             self._require_place(request.client, limit)
-        if len(self._given_up) >= MAX_GIVEN_UP:
+        if self._line.is_clogged:
             raise worker_blocked()
         request_id = next(_ids)
 
         def let_go() -> None:
-            self._abandon(entry)
+            entry.let_go(entry)
 
         stream = RequestStream(
             max_buffer_bytes=self._max_stream_buffer_bytes if streaming else None,
@@ -153,7 +144,7 @@ class RequestTable:
             to_run = msgspec.structs.replace(
                 to_run, sampling=seeded(to_run.sampling), accepted_at=time.time()
             )
-        entry = Entry(request_id, request, to_run, stream, is_canary, opened_at=now)
+        entry = Entry(request_id, request, to_run, stream, is_canary, now, self._abandon)
         if not self._run(entry):
             raise worker_blocked()
         self._entries[request_id] = entry
@@ -180,7 +171,7 @@ class RequestTable:
         for delta in deltas:
             entry = self._entries.get(delta.request_id)
             if entry is None:
-                self._hear_of_given_up(delta.request_id, ended=delta.finish is not None)
+                self._line.hear_of(delta.request_id, ended=delta.finish is not None)
                 continue
             if delta.finish is not None:
                 self._remove(delta.request_id)
@@ -198,7 +189,7 @@ class RequestTable:
         """Hand vectors out; those of abandoned requests are dropped."""
         entry = self._entries.get(message.request_id)
         if entry is None:
-            self._hear_of_given_up(message.request_id, ended=message.last)
+            self._line.hear_of(message.request_id, ended=message.last)
             return
         if message.last:
             self._remove(message.request_id)
@@ -208,28 +199,28 @@ class RequestTable:
         if (entry := self._entries.get(message.request_id)) is not None:
             entry.stream.accept(message.prompt_tokens)
         else:
-            self._hear_of_given_up(message.request_id)
+            self._line.hear_of(message.request_id)
 
     def prefilled(self, message: Prefilled) -> None:
         if (entry := self._entries.get(message.request_id)) is not None:
             if not entry.stream.has_started:
                 entry.stream.prefill = Prefill(message.computed, message.total)
         else:
-            self._hear_of_given_up(message.request_id)
+            self._line.hear_of(message.request_id)
 
     def start(self, message: Started) -> None:
         if (entry := self._entries.get(message.request_id)) is not None:
             entry.begun = True
             entry.stream.start(message.cached_tokens, self._clock() - entry.opened_at)
         else:
-            self._hear_of_given_up(message.request_id)
+            self._line.hear_of(message.request_id)
 
     def reject(self, message: Rejected) -> None:
         error = CodedError(message.code, message.message, param=message.param)
         if (entry := self._remove(message.request_id)) is not None:
             entry.stream.fail(error)
         elif not self._inquiries.reject(message.request_id, error):
-            self._hear_of_given_up(message.request_id, ended=True)
+            self._line.hear_of(message.request_id, ended=True)
 
     def phase(self) -> Phase:
         """What the worker must be doing: newer than its last beat."""
@@ -254,18 +245,22 @@ class RequestTable:
         """Seconds until a place may be expected to be free; see ``pace``."""
         return self._pace.next_place_s(self._clock())
 
-    def park(self, error: CodedError, *, accuse: bool = True) -> None:
+    def park(self, error: CodedError, *, accuse: bool = True) -> Counter[NextRun]:
         """Keep what can go on on the next worker, or run there again; fail the rest with
-        ``error``. ``accuse``: one of those in flight may be to blame."""
+        ``error``. ``accuse``: one of those in flight may be to blame. What became of those."""
         alone = accuse and self.sent() == 1
+        fates: Counter[NextRun] = Counter()
         for request_id, entry in list(self._entries.items()):
             if entry.sent or entry.is_canary:
                 entry.sent = entry.begun = False
                 self._suspects.accuse(entry, suspected=accuse)
-                if entry.is_canary or not prepare_next_run(entry, alone):
+                fate = NextRun.NONE if entry.is_canary else prepare_next_run(entry, alone)
+                fates[fate] += not entry.is_canary
+                if fate is NextRun.NONE:
                     self._remove(request_id)
                     entry.stream.fail(blamed(error, entry))
         self._inquiries.park(error, accuse=accuse)
+        return fates
 
     def convict(self) -> Job | None:
         """The request, as it came, that the worker's death is to blame on, if that is certain.
@@ -308,12 +303,42 @@ class RequestTable:
         """Take the worker from one that is cleared, for those that are not."""
         entry = self._suspects.current
         assert entry is not None
-        others = any(each.suspect for each in self._entries.values())
+        if self.suspects:
+            self._put_aside(entry)
+        self._call_next()
+
+    def _put_aside(self, entry: Entry, *, anew: bool = False) -> bool:
+        """Take one from the worker, to run later or elsewhere; see ``Entry.run_as``."""
         before = entry.id
-        if others and self._send is not None and entry.run_as(next(_ids)):
-            del self._entries[before]
+        if not entry.run_as(next(_ids), anew=anew):
+            return False
+        del self._entries[before]
+        self._entries[entry.id] = entry
+        self._line.give_up(before)
+        return True
+
+    def _give(self, entries: list[Entry]) -> list[Entry]:
+        """Let them go to another table, which takes them."""
+        for entry in entries:
+            del self._entries[entry.id]
+        if not self._entries:
+            self._pace.idle()
+        return entries
+
+    def take(self, entries: Iterable[Entry]) -> None:
+        """Take over what another table has given away."""
+        for entry in entries:
+            entry.let_go = self._abandon
             self._entries[entry.id] = entry
-            self._given_up[before] = self._send(Cancel(before)) is Delivery.SENT
+        if not self._flows:
+            return
+        self._pace.busy(self._clock())
+        if self.suspects:
+            # Who runs goes on after them: beside one it might die of that.
+            for entry in list(self._entries.values()):
+                if entry.sent:
+                    self._put_aside(entry, anew=True)
+            self._flows = False
         self._call_next()
 
     def _refuse(self, entry: Entry) -> None:
@@ -328,6 +353,8 @@ class RequestTable:
         for entry in entries.values():
             entry.stream.fail(blamed(error, entry))
         self._inquiries.fail_all(error)
+        if self.ward is not None:
+            self.ward.fail_all(error)
 
     def _run(self, entry: Entry | OpenInquiry) -> bool:
         """Give a request to the worker; False when that does not read.
@@ -336,46 +363,30 @@ class RequestTable:
         """
         alone = (self._suspects.current, self._inquiries.current)
         may_run = self._flows or entry.is_canary or any(entry is each for each in alone)
-        if self._send is None or not may_run:
+        if not self._line.is_up or not may_run:
             return True
-        delivery = self._send(entry.request)
+        delivery = self._line.send(entry.request)
         if delivery is Delivery.SENT:
             entry.sent = True
             entry.runs += 1
         return delivery is not Delivery.BLOCKED
 
     def _call_off(self, request_id: int) -> None:
-        if self._send is not None:
-            self._send(Cancel(request_id))
+        self._line.send(Cancel(request_id))
 
     def _require_place(self, client: str, limit: int) -> None:
-        taken = sum(not entry.is_canary for entry in self._entries.values())
-        own = sum(entry.asked.client == client for entry in self._entries.values())
-        if may_enter(own, taken, limit):
-            return
-        if taken >= limit:
-            reason = f"the model has {taken} requests in hand already (limit {limit})"
-        else:
-            reason = (
-                f"{own} of the model's {taken} requests in hand are this client's; "
-                f"the last of {limit} places are for others"
-            )
-        raise CodedError(ErrorCode.RATE_LIMIT_EXCEEDED, reason, retry_after_s=self.retry_after_s())
+        entries = [*self._entries.values(), *self._apart()]
+        taken = sum(not entry.is_canary for entry in entries)
+        own = sum(entry.asked.client == client for entry in entries)
+        if not may_enter(own, taken, limit):
+            raise no_place(own, taken, limit, self.retry_after_s())
 
     def _abandon(self, entry: Entry) -> None:
         if self._entries.get(entry.id) is not entry:
             return
-        if entry.sent and self._send is not None:
-            self._given_up[entry.id] = self._send(Cancel(entry.id)) is Delivery.SENT
+        if entry.sent:
+            self._line.give_up(entry.id)
         self._remove(entry.id)
-
-    def _hear_of_given_up(self, request_id: int, *, ended: bool = False) -> None:
-        """The worker has spoken of a request that nobody waits for any more."""
-        if ended:
-            self._given_up.pop(request_id, None)
-        elif self._given_up.get(request_id) is False and self._send is not None:
-            # It could not be told then. It works at it, so now it may well read.
-            self._given_up[request_id] = self._send(Cancel(request_id)) is Delivery.SENT
 
     def _remove(self, request_id: int) -> Entry | None:
         """Take a request out at its end, whatever that is."""

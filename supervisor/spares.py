@@ -196,14 +196,24 @@ class Spares:
 
     def take(self, backend: str, version: str) -> Worker | None:
         """A worker that waits for a model on this version of the backend, if there is one."""
+        spare = self._waiting(backend, version)
+        if spare is None:
+            return None
+        self._spares.remove(spare)
+        self._failures[backend] = 0
+        return spare.taken()
+
+    def has(self, backend: str, version: str) -> bool:
+        """Whether ``take`` would give one."""
+        return self._waiting(backend, version) is not None
+
+    def _waiting(self, backend: str, version: str) -> Spare | None:
         for spare in self._spares:
             hello = spare.worker.hello
             if not (spare.brisk and hello and spare.backend == backend):
                 continue
             if hello.backend_version == version:
-                self._spares.remove(spare)
-                self._failures[backend] = 0
-                return spare.taken()
+                return spare
         return None
 
     def views(self) -> list[SpareView]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 from protocol.errors import CodedError, ErrorCode
 from supervisor.journal import Journal, LoadRefused
 from supervisor.lifecycle import LoadAccepted, Readiness, State, transition
 from supervisor.quarantine import Account, Policy, count_in_window
+from supervisor.resumption import NextRun
 from supervisor.views import ReadinessView
 
 log = logging.getLogger(__name__)
@@ -98,6 +100,18 @@ def model_error(model_id: str, code: ErrorCode, reason: str, incident_id: str | 
 
 def _evidence(code: ErrorCode | None, incident_id: str | None) -> dict[str, str | int]:
     return {} if incident_id is None or code not in _OF_FAILURES else {"incident_id": incident_id}
+
+
+def log_parked(model_id: str, reason: str, fates: Mapping[NextRun, int]) -> None:
+    """Say what becomes of the requests that were in flight at a crash, if there were any."""
+    told = {
+        NextRun.RESUMED: "go on where they were",
+        NextRun.AGAIN: "begin anew",
+        NextRun.NONE: "have failed",
+    }
+    counts = [f"{fates[fate]} {what}" for fate, what in told.items() if fates.get(fate)]
+    if counts:
+        log.info("%s: %s; in flight: %s", model_id, reason, ", ".join(counts))
 
 
 def log_transition(model_id: str, before: State | None, after: State | None) -> None:

@@ -24,11 +24,23 @@ class ReadinessView(msgspec.Struct, frozen=True, kw_only=True):
     probation: bool = False
 
 
+class IsolationView(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests that were in flight at a crash, and run one at a time until they are cleared.
+
+    ``pid`` is that of their own worker, and ``memory_gb`` what it holds; None where they run on
+    the model's, and everybody else waits for them.
+    """
+
+    suspects: int
+    pid: int | None
+    memory_gb: float | None
+
+
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """A tracked model, as in ``GET /admin/models/{id}``. GB is 1e9 bytes.
 
     ``path`` is None for a quarantine from before this start of the server, as long as
-    nobody has tried to load the model again. What comes after ``last_incident_id`` is known
+    nobody has tried to load the model again. What comes after ``isolating`` is known
     while a worker has the model loaded: ``kind`` is ``generate``, ``embed`` or ``rerank``, and
     ``dimensions`` are those of an embedding.
     """
@@ -52,6 +64,7 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_sec: int | None
     pinned: bool
     last_incident_id: str | None
+    isolating: IsolationView | None = None
     kind: str | None = None
     dimensions: int | None = None
     has_chat_template: bool | None = None

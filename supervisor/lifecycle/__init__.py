@@ -8,6 +8,7 @@ from supervisor.lifecycle.commands import (
     FailRequests,
     OpenTraffic,
     ParkRequests,
+    ParkSuspects,
     RecordFailure,
     RecordPass,
     RunCanary,
@@ -19,6 +20,7 @@ from supervisor.lifecycle.commands import (
 )
 from supervisor.lifecycle.events import (
     CanaryPassed,
+    CellFailed,
     Event,
     LoadAccepted,
     LoadRefused,
@@ -38,6 +40,7 @@ from supervisor.lifecycle.state import Readiness, State
 __all__ = [
     "AnswerLoads",
     "CanaryPassed",
+    "CellFailed",
     "Command",
     "Event",
     "FailRequests",
@@ -46,6 +49,7 @@ __all__ = [
     "LoadRefused",
     "OpenTraffic",
     "ParkRequests",
+    "ParkSuspects",
     "ProbationServed",
     "Readiness",
     "RecordFailure",

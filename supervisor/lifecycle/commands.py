@@ -56,6 +56,13 @@ class ParkRequests:
 
 
 @dataclass(frozen=True, slots=True)
+class ParkSuspects:
+    """The cell is lost: as ``ParkRequests``, of those that run there."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class FailRequests:
     """Nothing will serve the requests that are left."""
 
@@ -70,11 +77,13 @@ class RecordPass:
 
 @dataclass(frozen=True, slots=True)
 class RecordFailure:
-    """Remember a failure; ``kind`` None: refused, not counted."""
+    """Remember a failure; ``kind`` None: refused, not counted. ``in_cell``: of the cell, not
+    of the model's worker."""
 
     kind: FailureKind | None
     code: ErrorCode
     reason: str
+    in_cell: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +113,7 @@ Command = (
     | WatchProbation
     | OpenTraffic
     | ParkRequests
+    | ParkSuspects
     | FailRequests
     | RecordPass
     | RecordFailure

@@ -77,6 +77,15 @@ class WorkerExited(_Told):
 
 
 @dataclass(frozen=True, slots=True)
+class CellFailed(_Told):
+    """The worker beside the model's own, which has its suspects, has failed in service.
+    It is brought down by whoever tells."""
+
+    kind: FailureKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RestartDue:
     generation: int
 
@@ -110,6 +119,7 @@ Event = (
     | LoadRefused
     | WorkerFailed
     | WorkerExited
+    | CellFailed
     | RestartDue
     | ProbationServed
     | UnloadRequested

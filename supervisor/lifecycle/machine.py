@@ -15,6 +15,7 @@ loading                            WorkerLoaded           canary_pending
 canary_pending                     CanaryPassed           routable
 admitted, loading, canary_pending  counted failure        loading, quarantined
 routable                           counted failure        loading, quarantined
+admitted .. routable               CellFailed             the same, quarantined
 admitted, loading, canary_pending  LoadRefused            none
 any but quarantined                UnloadRequested        none
 quarantined                        UnloadRequested        quarantined
@@ -34,6 +35,7 @@ from supervisor.lifecycle.commands import (
     FailRequests,
     OpenTraffic,
     ParkRequests,
+    ParkSuspects,
     RecordFailure,
     RecordPass,
     RunCanary,
@@ -45,6 +47,7 @@ from supervisor.lifecycle.commands import (
 )
 from supervisor.lifecycle.events import (
     CanaryPassed,
+    CellFailed,
     Event,
     LoadAccepted,
     LoadRefused,
@@ -100,6 +103,8 @@ def transition(state: State | None, event: Event, policy: Policy, now: float) ->
             return _unload(state, event, policy, now)
         case Released():
             return _release(state)
+        case CellFailed():
+            return _cell_failed(state, event, policy, now)
         case _ if event.generation > state.generation:
             raise IllegalEvent(f"{type(event).__name__} of a generation never spawned")
         case _ if event.generation < state.generation:
@@ -293,6 +298,28 @@ def _count_failure(
         aftermath,
         StopWorker(state.generation, broken=True),
     ]
+
+
+def _cell_failed(state: State, event: CellFailed, policy: Policy, now: float) -> Outcome:
+    """Counted as a failure of the model's own worker is, which goes on if it can."""
+    if state.unloading or state.readiness is Readiness.QUARANTINED:
+        return state, []
+    failed, commands = _count_failure(state, event.kind, event.reason, 0.0, policy, now)
+    assert failed is not None
+    record = RecordFailure(event.kind, ErrorCode.MODEL_CRASHED, event.reason, in_cell=True)
+    if failed.readiness is not Readiness.QUARANTINED:
+        account = failed.account
+        if state.routable_since is not None:
+            # It still is: there is no row of failures.
+            account = record_routable(account)
+            state = replace(state, routable_since=now)
+        state = replace(state, account=account)
+        return state, [SaveAccount(account), record, ParkSuspects(event.reason)]
+    failed = replace(failed, failed=state.worker_alive)
+    commands = [record if isinstance(c, RecordFailure) else c for c in commands]
+    if not state.worker_alive or state.failed:
+        commands = [c for c in commands if not isinstance(c, StopWorker)]
+    return failed, commands
 
 
 def _settled(state: State, policy: Policy, now: float) -> Account:

@@ -38,13 +38,14 @@ from supervisor.generation import Generation
 from supervisor.incidents import Fingerprints, IncidentStore
 from supervisor.ledger import WorkerLedger
 from supervisor.lifecycle import Event, LoadRefused, WorkerExited, WorkerFailed
+from supervisor.line import Delivery
 from supervisor.memory_lessons import MemoryLessons
 from supervisor.metrics import Metrics
 from supervisor.modelfiles import SIMULATED_TRAITS, ModelFiles
 from supervisor.oom_kills import OomKills
 from supervisor.quarantine import FailureKind, Policy
 from supervisor.registry import Registry
-from supervisor.requests import Delivery, RequestTable
+from supervisor.requests import RequestTable
 from supervisor.services import Services
 from supervisor.settings import Settings
 from supervisor.stream import RequestStream

@@ -17,7 +17,8 @@ from protocol.messages import (
     Tokenized,
     ToWorker,
 )
-from supervisor.requests import Delivery, RequestTable
+from supervisor.line import Delivery
+from supervisor.requests import RequestTable
 
 CRASHED = CodedError(ErrorCode.MODEL_CRASHED, "killed by SIGABRT", details={"incident_id": "i"})
 POISON = Tokenize(0, Generate(0, prompt="poison"))

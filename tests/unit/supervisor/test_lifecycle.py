@@ -361,3 +361,56 @@ def test_events_of_an_earlier_generation_change_nothing() -> None:
     ):
         machine(event)
         assert (machine.state, machine.commands) == (before, [])
+
+
+CELL_FAILED = lc.CellFailed(FailureKind.SIGNAL, "killed by SIGABRT")
+
+
+def test_a_failure_of_the_cell_counts_and_the_worker_goes_on() -> None:
+    machine = routable()
+    before = machine.state
+    machine(CELL_FAILED)
+    account = machine.state.account
+    assert replace(machine.state, account=before.account, routable_since=None) == replace(
+        before, routable_since=None
+    )
+    assert (len(account.times), account.streak) == (1, 0)
+    assert machine.commands == [
+        lc.SaveAccount(account),
+        lc.RecordFailure(
+            FailureKind.SIGNAL, ErrorCode.MODEL_CRASHED, CELL_FAILED.reason, in_cell=True
+        ),
+        lc.ParkSuspects(CELL_FAILED.reason),
+    ]
+
+
+def test_at_the_threshold_a_failure_of_the_cell_ends_the_worker_too() -> None:
+    machine = routable()(CELL_FAILED, CELL_FAILED, CELL_FAILED)
+    assert machine.readiness() is Readiness.QUARANTINED
+    assert machine.command(lc.StopWorker) == lc.StopWorker(1, broken=True)
+    failed = machine.command(lc.FailRequests)
+    assert isinstance(failed, lc.FailRequests)
+    assert failed.code is ErrorCode.MODEL_UNSTABLE
+    assert lc.ParkSuspects not in machine.kinds()
+    machine(exited(1))
+    assert (machine.readiness(), machine.kinds()) == (Readiness.QUARANTINED, [])
+    assert len(machine.state.account.times) == 3
+
+
+def test_a_failure_of_the_cell_while_the_worker_is_to_be_restarted() -> None:
+    machine = routable()(exited(1))
+    machine(CELL_FAILED)
+    assert (machine.readiness(), machine.state.retry_at is None) == (Readiness.LOADING, False)
+    machine(CELL_FAILED)
+    assert machine.readiness() is Readiness.QUARANTINED
+    # There is no worker to stop, and none is started any more.
+    assert lc.StopWorker not in machine.kinds()
+    assert machine(lc.RestartDue(1)).commands == []
+    assert machine(lc.UnloadRequested()).readiness() is Readiness.QUARANTINED
+
+
+def test_what_is_on_its_way_out_hears_nothing_of_its_cell() -> None:
+    for machine in (routable()(lc.UnloadRequested()), quarantined()):
+        before = machine.state
+        assert machine(CELL_FAILED).state == before
+        assert machine.commands == []

@@ -57,7 +57,11 @@ class ReadinessMachine(RuleBasedStateMachine):
         if self.traffic is None and self.routable_since is not None:
             self.healthy_s += self.now - self.routable_since
             self.routable_since = None
-        if any(isinstance(c, lc.RecordFailure) and c.kind is not None for c in commands):
+        failures = [c for c in commands if isinstance(c, lc.RecordFailure) and c.kind is not None]
+        if any(failure.in_cell for failure in failures) and self.routable_since is not None:
+            self.healthy_s += self.now - self.routable_since
+            self.routable_since = self.now
+        if failures:
             self.level = max(0, self.level - int(self.healthy_s // POLICY.decay_s)) + 1
             self.healthy_s = 0.0
         if self.state is None:
@@ -94,6 +98,12 @@ class ReadinessMachine(RuleBasedStateMachine):
                 self.waiting_load = False
             case lc.RecordFailure(kind=None):
                 pass
+            case lc.RecordFailure(in_cell=True):
+                self.failures.append(self.now)
+                self.streak += 1
+            case lc.ParkSuspects():
+                if self.traffic is not None:
+                    self.streak = 0
             case lc.RecordFailure():
                 assert self.state is not None
                 assert self.state.generation not in self.counted_generations, "counted twice"
@@ -168,6 +178,18 @@ class ReadinessMachine(RuleBasedStateMachine):
     @rule(kind=counted_kinds, jitter=st.floats(0, 1))
     def fail(self, kind: FailureKind, jitter: float) -> None:
         self.apply(lc.WorkerFailed(max(self.alive), kind, "failed", jitter))
+
+    @precondition(lambda self: self.state is not None)
+    @rule(kind=kinds)
+    def cell_failed(self, kind: FailureKind) -> None:
+        before, traffic = self.state, self.traffic
+        self.apply(lc.CellFailed(kind, "killed"))
+        assert before is not None
+        assert self.state is not None
+        if self.state.readiness is not Readiness.QUARANTINED:
+            # Whatever the model's own worker is at, it goes on with that.
+            assert (self.state.readiness, self.traffic) == (before.readiness, traffic)
+            assert self.state.worker_alive == before.worker_alive
 
     @precondition(lambda self: self.alive)
     @rule()

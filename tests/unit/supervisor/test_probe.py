@@ -92,6 +92,7 @@ def staged(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> Scene:
         def __init__(self, spec: ModelSpec, services: Services, *, strict: bool) -> None:
             assert services is scene.services
             scene.strict.append(strict)
+            self.worker = object()
 
         async def run(self, timeout_s: float) -> Ended:
             assert scene.prober.trials.keys() == {NAME}

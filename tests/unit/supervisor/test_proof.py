@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from protocol.messages import Accepted, Delta, FinishReason, Generate, Loaded, ToWorker
 from supervisor.canary import RECALL_TOKENS, TOKENS
 from supervisor.lifecycle import CanaryPassed, Event, RunCanary, WorkerFailed
+from supervisor.line import Delivery
 from supervisor.proof import Prover
-from supervisor.requests import Delivery, RequestTable
+from supervisor.requests import RequestTable
 
 MODEL = Loaded(
     architecture="llama",
@@ -115,3 +118,13 @@ async def test_after_a_death_in_the_canary_comes_a_whole_one() -> None:
     scene.silent = False
     await scene.prove()
     assert TOKENS in scene.asked
+
+
+async def test_a_canary_that_we_fail_at_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr("supervisor.proof.run_canary", broken)
+    event = await Scene().prove()
+    assert isinstance(event, WorkerFailed)
+    assert "no idea" in event.reason

@@ -26,7 +26,8 @@ from protocol.messages import (
     Tokenized,
     ToWorker,
 )
-from supervisor.requests import MAX_GIVEN_UP, Delivery, RequestTable
+from supervisor.line import MAX_GIVEN_UP, Delivery
+from supervisor.requests import RequestTable
 from supervisor.stream import Prefill, RequestStream
 
 CRASHED = CodedError(ErrorCode.MODEL_CRASHED, "killed by SIGSEGV")

@@ -282,3 +282,13 @@ async def test_a_version_that_is_never_the_installed_one_is_let_be(rig: Rig, clo
     rig.installed["llama"] = "odd"
     clock.go(VERSIONS_S)
     assert await rig.look() == MAX_FAILURES + 1
+
+
+async def test_to_ask_for_one_does_not_take_it(rig: Rig) -> None:
+    await rig.look()
+    assert not rig.spares.has("llama", "1")
+    made[0].greet("1")
+    assert rig.spares.has("llama", "1")
+    assert not rig.spares.has("llama", "2")
+    assert rig.spares.take("llama", "1") is not None
+    assert not rig.spares.has("llama", "1")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Cancel, Delta, FinishReason, Generate, Job, ToWorker
-from supervisor.requests import Delivery, RequestTable
+from supervisor.line import Delivery
+from supervisor.requests import RequestTable
 from supervisor.stream import RequestStream
 from supervisor.suspects import CLEARED_AFTER
 

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 
 from protocol.messages import Generate, ToWorker
-from supervisor.requests import Delivery, RequestTable
+from supervisor.line import Delivery
+from supervisor.requests import RequestTable
 from supervisor.traffic import Traffic
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from protocol.errors import ErrorCode
 from protocol.messages import Loaded
-from supervisor import proof, trial
+from supervisor import proof, sideworker
 from supervisor.canary import CanaryReport, Proof
 from supervisor.casefile import CaseFile
 from supervisor.gate import ModelSpec
@@ -31,7 +31,8 @@ from supervisor.quarantine import FailureKind
 from supervisor.requests import RequestTable
 from supervisor.services import Services, open_services
 from supervisor.settings import Settings
-from supervisor.trial import NAME, NUMBER, Ended, Trial
+from supervisor.sideworker import NUMBER
+from supervisor.trial import NAME, Ended, Trial
 
 SEGFAULT = WorkerFailed(NUMBER, FailureKind.SIGNAL, "killed by SIGSEGV")
 EXITED = WorkerExited(NUMBER, FailureKind.SIGNAL, "killed by SIGKILL")
@@ -49,8 +50,14 @@ class Worker:
     made: list[Worker]
 
     def __init__(
-        self, number: int, *_: object, post: Callable[[Event], None], requests: RequestTable
+        self,
+        number: int,
+        *_: object,
+        post: Callable[[Event], None],
+        requests: RequestTable,
+        worker: object,
     ) -> None:
+        assert worker is None
         self.made.append(self)
         self.case = CaseFile(model="m", generation=number, backend="b", backend_version="1")
         self.model = Loaded("a", 64, 1, 9, has_chat_template=False, weights_bytes=1)
@@ -127,7 +134,7 @@ def make(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
         members: dict[str, Any] = {"script": script, "ends": ends, "made": []}
         kind = type("ScriptedWorker", (Worker,), members)
-        monkeypatch.setattr(trial, "Generation", kind)
+        monkeypatch.setattr(sideworker, "Generation", kind)
         monkeypatch.setattr(proof, "prove", prove)
         files = ModelFiles(tmp_path / "x.sim.json", "simulated", SIMULATED_TRAITS, 1, "digest")
         spec = ModelSpec("m", files, "simulated", "1", None, None, memory_limit_bytes=LIMIT)
@@ -212,16 +219,16 @@ async def test_who_calls_it_off_waits_for_the_end_of_the_worker(make: MakeScene)
     scene = make(LOADED, ends=False)
     running = asyncio.create_task(scene.run())
     await asyncio.sleep(0)
-    assert scene.trial.worker is not None
+    assert scene.trial.worker.worker is not None
     running.cancel()
     await scene.worker.stopped.wait()
     assert not running.done()
-    assert scene.trial.dying
+    assert scene.trial.worker.dying
     scene.worker.exit()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert scene.worker.exit_status is not None
-    assert not scene.trial.dying
+    assert not scene.trial.worker.dying
 
 
 async def test_no_process_is_no_fault_of_the_model(
@@ -231,14 +238,14 @@ async def test_no_process_is_no_fault_of_the_model(
         raise OSError("no more processes")
 
     scene = make()
-    monkeypatch.setattr(trial, "Generation", fails)
+    monkeypatch.setattr(sideworker, "Generation", fails)
     ended = await scene.run()
     assert (ended.code, ended.telling) == (ErrorCode.INTERNAL_ERROR, False)
     assert "no more processes" in ended.reason
 
 
 async def test_all_that_it_holds_is_growth(make: MakeScene) -> None:
-    footprint = make().trial.footprint(NUMBER, 500)
+    footprint = make().trial.worker.footprint(NUMBER, 500)
     assert footprint is not None
     assert (footprint.model_id, footprint.growth, footprint.limit) == (NAME, 500, LIMIT)
 
@@ -254,9 +261,9 @@ async def test_a_host_without_memory_tells_nothing_of_the_model(
     make: MakeScene, size: int, code: ErrorCode, telling: bool
 ) -> None:
     scene = make()
-    scene.trial.footprint(NUMBER, size)
-    scene.trial.footprint(NUMBER, 10)
-    scene.trial.fail(NUMBER, FailureKind.MEMORY, "memory")
+    scene.trial.worker.footprint(NUMBER, size)
+    scene.trial.worker.footprint(NUMBER, 10)
+    scene.trial.worker.fail(NUMBER, FailureKind.MEMORY, "memory")
     ended = await scene.run()
     assert (ended.code, ended.telling) == (code, telling)
     assert ended.memory_gb == size / 1e9

@@ -31,6 +31,7 @@ MODEL_FIELDS = {
     "keep_alive_sec",
     "pinned",
     "last_incident_id",
+    "isolating",
     "kind",
     "dimensions",
     "has_chat_template",
