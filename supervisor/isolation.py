@@ -56,8 +56,9 @@ class Quarters:
 class Isolation:
     """Looks after the suspects of one model, whose table is ``requests``.
 
-    ``tell`` applies a lifecycle event at once; ``buried`` is told of a cell whose process is
-    gone. Methods run on the event loop and, but for ``left``, never wait.
+    ``known``: what the model's proven worker recalled, see ``prove``; a cell that does, too, needs
+    no longer canary. ``tell`` applies a lifecycle event at once; ``buried`` is told of a cell
+    whose process is gone. Methods run on the event loop and, but for ``left``, never wait.
     """
 
     def __init__(
@@ -66,12 +67,14 @@ class Isolation:
         requests: RequestTable,
         quarters: Quarters,
         *,
+        known: Callable[[], str | None],
         tell: Callable[[Event], None],
         buried: Callable[[Generation], None],
     ) -> None:
         self._services = services
         self._requests = requests
         self._quarters = quarters
+        self._known = known
         self._tell = tell
         self._buried = buried
         buffer_bytes = services.settings.max_stream_buffer_bytes
@@ -102,10 +105,10 @@ class Isolation:
         while self._leaving:
             await asyncio.wait(self._leaving)
 
-    def park(self, error: CodedError, *, accuse: bool) -> Counter[NextRun]:
+    def park(self, error: CodedError, *, accuse: bool, crash: float | None) -> Counter[NextRun]:
         """The cell is dead: see ``RequestTable.park``."""
         self.ward.disconnect()
-        return self.ward.park(error, accuse=accuse)
+        return self.ward.park(error, accuse=accuse, crash=crash)
 
     @property
     def generation(self) -> Generation | None:
@@ -179,7 +182,10 @@ class Isolation:
     async def _house(self, spec: ModelSpec, worker: Worker, gone: CodedError) -> bool:
         name = f"/cell/{worker.process.pid}"
         cell = SideWorker(
-            name, spec, self._services, requests=self.ward, purpose=f"a cell of {spec.model_id}"
+            *(name, spec, self._services),
+            requests=self.ward,
+            purpose=f"a cell of {spec.model_id}",
+            known=self._known(),
         )
         self._cell = self._quarters.beside[name] = cell
         broken = True

@@ -79,12 +79,18 @@ class Prover:
     each. After one that failed the next is a whole one.
 
     ``report`` is that of the last one; None if it did not pass, or was a short one.
-    ``started``: one runs, or has ended by itself.
+    ``started``: one runs, or has ended by itself. ``known`` is what the last proof recalled.
     """
 
-    def __init__(self, requests: RequestTable, post: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        requests: RequestTable,
+        post: Callable[[Event], None],
+        *,
+        known: str | None = None,
+    ) -> None:
         self.report: CanaryReport | None = None
-        self._known: str | None = None
+        self.known = known
         self._requests = requests
         self._post = post
         self._task: asyncio.Task[None] | None = None
@@ -100,7 +106,7 @@ class Prover:
         """Its worker is lost. Idempotent."""
         if self._task is not None:
             if not self._task.done():
-                self._known = None
+                self.known = None
             self._task.cancel()
             self._task = None
 
@@ -109,7 +115,7 @@ class Prover:
         event: Event
         try:
             event, proof = await prove(
-                self._requests, model, command, timeout_s=timeout_s, known=self._known
+                self._requests, model, command, timeout_s=timeout_s, known=self.known
             )
         except Exception as error:
             # Whoever waits for the canary would wait for ever.
@@ -118,7 +124,7 @@ class Prover:
             event = WorkerFailed(command.generation, FailureKind.CANARY, reason, random.random())
         self.report = None if proof is None else proof.report
         if proof is not None:
-            self._known = proof.recalled
+            self.known = proof.recalled
         elif not isinstance(event, CanaryPassed):
-            self._known = None
+            self.known = None
         self._post(event)

@@ -27,7 +27,7 @@ class SideWorker:
     """One worker of ``spec``'s model, once, for ``requests``.
 
     ``name`` is for whoever watches its memory: no model's id, as it begins with a slash.
-    ``purpose`` tells who uses the model's files.
+    ``purpose`` tells who uses the model's files; ``known`` is of ``prove``.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class SideWorker:
         *,
         requests: RequestTable,
         purpose: str,
+        known: str | None = None,
     ) -> None:
         self.name = name
         self.purpose = purpose
@@ -52,7 +53,7 @@ class SideWorker:
         self._services = services
         self._requests = requests
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self.prover = Prover(requests, self._events.put_nowait)
+        self.prover = Prover(requests, self._events.put_nowait, known=known)
         self._ending = False
         self._given: Worker | None = None
 

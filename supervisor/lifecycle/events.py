@@ -58,12 +58,16 @@ class LoadRefused(_Told):
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailed(_Told):
-    """A failure of a live worker, which has to be stopped for it. ``jitter`` is 0..1."""
+    """A failure of a live worker, which has to be stopped for it. ``jitter`` is 0..1.
+
+    ``again``: by the same request as the last failure, which counts once.
+    """
 
     generation: int
     kind: FailureKind
     reason: str
     jitter: float = 0.0
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,7 @@ class WorkerExited(_Told):
     kind: FailureKind
     reason: str
     jitter: float = 0.0
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class CellFailed(_Told):
 
     kind: FailureKind
     reason: str
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

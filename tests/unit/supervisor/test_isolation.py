@@ -124,7 +124,12 @@ class Rig:
         spares: Any = SimpleNamespace(has=self.has, take=self.take)
         quarters = Quarters(spares, self.reserve, self.beside)
         buried: Any = self.buried.append
-        self.isolation = Isolation(services, self.requests, quarters, tell=self.tell, buried=buried)
+        self.isolation = Isolation(
+            *(services, self.requests, quarters),
+            known=lambda: "known",
+            tell=self.tell,
+            buried=buried,
+        )
 
     def has(self, backend: str, version: str) -> bool:
         assert (backend, version) == ("simulated", "1")
@@ -155,7 +160,7 @@ class Rig:
 
     def park(self) -> None:
         self.isolation.ward.convict()
-        self.isolation.park(CRASHED, accuse=True)
+        self.isolation.park(CRASHED, accuse=True, crash=None)
 
     def open(self, name: str) -> RequestStream:
         request = Generate(0, prompt=name)
@@ -212,7 +217,7 @@ async def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         timeout_s: float,
         known: str | None,
     ) -> tuple[Event, Proof | None]:
-        assert known is None
+        assert known == "known"
         assert not command.strict
         assert timeout_s == services.settings.canary_timeout_s
         await rig.may_prove.wait()
