@@ -195,6 +195,9 @@ class FaultyLink:
             cause(fault, self._link)
         return self._link.wait()
 
+    def has_news(self, wait_s: float) -> bool:
+        return self._link.has_news(wait_s)
+
     def pending(self) -> Iterator[ToWorker]:
         return self._link.pending()
 

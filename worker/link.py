@@ -20,6 +20,9 @@ class Link(Protocol):
     def wait(self) -> ToWorker:
         """Block until a message arrives. Raises ``CodecError``."""
 
+    def has_news(self, wait_s: float) -> bool:
+        """Whether a message is there, or arrives within so many seconds."""
+
     def pending(self) -> Iterator[ToWorker]:
         """The messages that are there now. Raises ``CodecError``."""
 

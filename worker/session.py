@@ -50,6 +50,9 @@ from worker.vitals import Vitals
 #: Seconds spent on new requests between two steps. One is taken in any case, and may
 #: take longer: to render a template and tokenise a long prompt is not to be divided.
 SUBMISSION_BUDGET_S = 0.005
+#: Seconds without anything to do after which there is time for what only may be needed: those
+#: who waited for a respawn come right behind its canary.
+QUIET_S = 1.0
 
 
 def run(boot: WorkerBoot) -> int:
@@ -182,14 +185,15 @@ class Service:
         self._clock = clock
         self._arrived: dict[int, Job | Inquiry] = {}
         self._order = RequestQueue()
-        self._stepped = False
+        self._stepped = self._prepared = False
 
     def run(self) -> None:
         """Serve until told to stop. Raises whatever the backend or the link raises."""
         while True:
             if self._engine.idle and not self._arrived:
-                if self._stepped:
-                    # Not before the first answer, which is the one that is timed.
+                # Not before the first answer, which is the one that is timed.
+                if self._stepped and not self._prepared and not self._link.has_news(QUIET_S):
+                    self._prepared = True
                     self._engine.prepare()
                 if not self._receive(self._link.wait()):
                     return

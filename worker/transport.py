@@ -43,6 +43,10 @@ class DataLink:
         """Block until a message arrives. Raises ``CodecError``."""
         return self._decode(self._socket.recv())
 
+    def has_news(self, wait_s: float) -> bool:
+        """Whether a message is there, or arrives within so many seconds."""
+        return bool(self._socket.poll(round(wait_s * 1000), zmq.POLLIN))
+
     def pending(self) -> Iterator[ToWorker]:
         """The messages that are there now. Raises ``CodecError``."""
         while True:

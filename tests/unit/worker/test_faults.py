@@ -36,6 +36,9 @@ class FakeLink:
     def wait(self) -> ToWorker:
         raise NotImplementedError
 
+    def has_news(self, wait_s: float) -> bool:
+        raise NotImplementedError
+
     def pending(self) -> Iterator[ToWorker]:
         raise NotImplementedError
 

@@ -27,7 +27,7 @@ from protocol.messages import (
 )
 from worker.backends.simulated import BYTE_TOKENS, SimulatedBackend
 from worker.engine import Engine
-from worker.session import Service
+from worker.session import QUIET_S, Service
 from worker.vitals import Vitals
 
 
@@ -37,6 +37,9 @@ class ScriptedLink:
     def __init__(self, *batches: list[ToWorker]) -> None:
         self.batches = list(batches)
         self.sent: list[FromWorker] = []
+        #: How long it was listened to for news, and whether there were none.
+        self.waits: list[float] = []
+        self.is_quiet = False
 
     def send(self, message: FromWorker) -> None:
         self.sent.append(message)
@@ -50,6 +53,10 @@ class ScriptedLink:
                 return batch.pop(0)
             self.batches.pop(0)
         return Shutdown()
+
+    def has_news(self, wait_s: float) -> bool:
+        self.waits.append(wait_s)
+        return not self.is_quiet
 
     def pending(self) -> Iterator[ToWorker]:
         yield from self.batches.pop(0) if self.batches else [Shutdown()]
@@ -106,6 +113,20 @@ def test_a_request_is_accepted_then_started_then_answered(tmp_path: Path) -> Non
     serve(tmp_path, link)
     assert link.sent[:2] == [Accepted(1, 3), Started(1, 0)]
     assert link.about(1) == ["Accepted", "Started", "delta", "length"]
+
+
+@pytest.mark.parametrize(("is_quiet", "waits", "prepared"), [(True, 1, 1), (False, 2, 0)])
+def test_what_only_may_be_needed_is_made_ready_in_a_quiet_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_quiet: bool, waits: int, prepared: int
+) -> None:
+    made: list[Engine] = []
+    monkeypatch.setattr(Engine, "prepare", lambda engine: made.append(engine))
+    first, second = (Generate(number, prompt="x", max_tokens=1) for number in (1, 2))
+    link = ScriptedLink([first], [], [second], [])
+    link.is_quiet = is_quiet
+    serve(tmp_path, link)
+    # Not before the first answer, and once.
+    assert (link.waits, len(made)) == (waits * [QUIET_S], prepared)
 
 
 def test_a_refusal_is_sent_and_nothing_else(tmp_path: Path) -> None:
