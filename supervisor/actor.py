@@ -16,7 +16,6 @@ from collections.abc import Callable
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Inquiry, InquiryAnswer, Job
 from supervisor import lifecycle, status
-from supervisor.blame import attributed, was_killed_from_outside
 from supervisor.gate import ModelSpec
 from supervisor.generation import Generation
 from supervisor.isolation import Isolation, Quarters
@@ -242,7 +241,7 @@ class Actor(Standing):
         """Apply one event and carry out what it commands. Never waits."""
         before = self._state
         self._state, commands = lifecycle.transition(
-            before, self._attributed(event), self._services.policy, time.monotonic()
+            before, event, self._services.policy, time.monotonic()
         )
         for command in commands:
             try:
@@ -257,25 +256,6 @@ class Actor(Standing):
             self._wake()
         if after is None:
             self._on_untracked()
-
-    def _attributed(self, event: Event) -> Event:
-        match event:
-            case lifecycle.WorkerFailed() | lifecycle.WorkerExited() | lifecycle.CellFailed():
-                party = self._party(in_cell=isinstance(event, lifecycle.CellFailed))
-                return attributed(event, *party, self._last_crash)
-        return event
-
-    def _party(self, *, in_cell: bool) -> tuple[Generation | None, RequestTable]:
-        """A worker of the model, and those that it has."""
-        if in_cell:
-            return self._isolation.generation, self._isolation.ward
-        return self._generation, self._requests
-
-    @property
-    def _last_crash(self) -> float | None:
-        """When the last one was that counts, which tells it from others."""
-        times = () if self._state is None else self._state.account.times
-        return times[-1] if times else None
 
     def _execute(self, command: Command) -> None:
         services, spec = self._services, self.spec
@@ -308,13 +288,13 @@ class Actor(Standing):
             case lifecycle.ParkRequests():
                 self._lose_worker()
                 error = self._error(ErrorCode.MODEL_CRASHED, command.reason)
-                accuse = not was_killed_from_outside(self._generation)
-                fates = self._requests.park(error, accuse=accuse, crash=self._last_crash)
+                accuse = not _was_killed_from_outside(self._generation)
+                fates = self._requests.park(error, accuse=accuse)
                 status.log_parked(spec.model_id, command.reason, fates)
             case lifecycle.ParkSuspects():
                 error = self._error(ErrorCode.MODEL_CRASHED, command.reason)
-                accuse = not was_killed_from_outside(self._isolation.generation)
-                fates = self._isolation.park(error, accuse=accuse, crash=self._last_crash)
+                accuse = not _was_killed_from_outside(self._isolation.generation)
+                fates = self._isolation.park(error, accuse=accuse)
                 status.log_parked(spec.model_id, command.reason, fates)
             case lifecycle.FailRequests():
                 self._lose_worker()
@@ -371,8 +351,10 @@ class Actor(Standing):
 
     def _record_failure(self, failure: lifecycle.RecordFailure) -> None:
         account, now = self.state.account, time.monotonic()
-        generation, requests = self._party(in_cell=failure.in_cell)
-        blameless = failure.kind is None or was_killed_from_outside(generation)
+        generation, requests = self._generation, self._requests
+        if failure.in_cell:
+            generation, requests = self._isolation.generation, self._isolation.ward
+        blameless = failure.kind is None or _was_killed_from_outside(generation)
         self._recorder.failed(
             failure,
             generation,
@@ -408,3 +390,7 @@ class Actor(Standing):
         self._requests.fail_all(self._error(ErrorCode.MODEL_UNLOADED, "it is not tracked any more"))
         self._isolation.end()
         self._on_gone()
+
+
+def _was_killed_from_outside(generation: Generation | None) -> bool:
+    return generation is not None and generation.killed_from_outside

@@ -20,8 +20,7 @@ class Entry:
 
     ``asked`` is the request as it came, ``request`` what its next run is. The current one
     has ``begun`` to answer; ``made_before`` is how many tokens there were already.
-    ``suspect``: it was in flight when a worker died, first in the crash ``suspect_since``;
-    ``convicted``: it is to blame for that.
+    ``suspect``: it was in flight when a worker died; ``convicted``: it is to blame for that.
     ``opened_at`` is on the table's clock. ``let_go``: of the table that has it.
     """
 
@@ -37,7 +36,6 @@ class Entry:
     runs: int = 0
     made_before: int = 0
     suspect: bool = False
-    suspect_since: float | None = None
     convicted: bool = False
 
     @property
@@ -77,7 +75,6 @@ class OpenInquiry:
     runs: int = 0
     is_canary: bool = False
     suspect: bool = False
-    suspect_since: float | None = None
 
     def fail(self, error: CodedError) -> None:
         if not self.answer.done():

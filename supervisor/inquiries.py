@@ -81,26 +81,20 @@ class Inquiries:
         """Those that the worker has."""
         return [entry.request for entry in self._open.values() if entry.sent]
 
-    def guilty(self) -> OpenInquiry | None:
-        """What was asked alone when the worker died, as at an earlier death; see
+    def convict(self) -> Job | None:
+        """What was asked about alone when the worker died, as at an earlier death; see
         ``RequestTable.convict``."""
         sent = [entry for entry in self._open.values() if entry.sent]
         if len(sent) == 1 and sent[0].suspect and isinstance(sent[0].request, Tokenize):
-            return sent[0]
+            self._convicted = sent[0]
+            return sent[0].request.generate
         return None
 
-    def convict(self, entry: OpenInquiry) -> Job:
-        """It ends as one who is to blame; the request that it was about."""
-        assert isinstance(entry.request, Tokenize)
-        self._convicted = entry
-        return entry.request.generate
-
-    def park(self, error: CodedError, *, accuse: bool, crash: float | None) -> None:
+    def park(self, error: CodedError, *, accuse: bool) -> None:
         """Keep for the next worker what may be asked once more; fail the rest."""
         self.current, convicted, self._convicted = None, self._convicted, None
         for request_id, entry in list(self._open.items()):
-            if entry.sent and accuse and not entry.suspect:
-                entry.suspect, entry.suspect_since = True, crash
+            entry.suspect = entry.suspect or (entry.sent and accuse)
             entry.sent = False
             if entry is convicted:
                 self.reject(request_id, poisoned(error))

@@ -105,10 +105,10 @@ class Isolation:
         while self._leaving:
             await asyncio.wait(self._leaving)
 
-    def park(self, error: CodedError, *, accuse: bool, crash: float | None) -> Counter[NextRun]:
+    def park(self, error: CodedError, *, accuse: bool) -> Counter[NextRun]:
         """The cell is dead: see ``RequestTable.park``."""
         self.ward.disconnect()
-        return self.ward.park(error, accuse=accuse, crash=crash)
+        return self.ward.park(error, accuse=accuse)
 
     @property
     def generation(self) -> Generation | None:

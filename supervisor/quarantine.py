@@ -95,22 +95,16 @@ def record_health(account: Account, policy: Policy, healthy_s: float) -> Account
     return replace(account, level=level, healthy_s=rest if level else 0.0)
 
 
-def record_failure(
-    account: Account, policy: Policy, now: float, *, reason: str = "", again: bool = False
-) -> Account:
-    """Count one failure; quarantine at the threshold, on probation at once.
-
-    ``again``: the last that was counted had the same cause, which counts once.
-    """
-    before = account.times[:-1] if again else account.times
-    times = (*(t for t in before if now - t < policy.window_s), now)
+def record_failure(account: Account, policy: Policy, now: float, *, reason: str = "") -> Account:
+    """Count one failure; quarantine at the threshold, on probation at once."""
+    times = (*(t for t in account.times if now - t < policy.window_s), now)
     streak = account.streak + 1
     on_probation = account.quarantined
     quarantined = on_probation or max(len(times), streak) >= policy.threshold
     return Account(
         times=times,
         streak=streak,
-        level=account.level + (not again),
+        level=account.level + 1,
         quarantined=quarantined,
         quarantines=account.quarantines + quarantined,
         last_reason=reason,

@@ -45,7 +45,7 @@ from supervisor.places import may_enter, no_place
 from supervisor.resumption import NextRun
 from supervisor.seeds import seeded
 from supervisor.stream import Prefill, RequestStream
-from supervisor.suspects import Suspects, guilty
+from supervisor.suspects import Suspects, convict
 
 #: Ids are unique within one supervisor, so that no message can be mistaken.
 _ids = count(1)
@@ -245,24 +245,21 @@ class RequestTable:
         """Seconds until a place may be expected to be free; see ``pace``."""
         return self._pace.next_place_s(self._clock())
 
-    def park(
-        self, error: CodedError, *, accuse: bool = True, crash: float | None = None
-    ) -> Counter[NextRun]:
+    def park(self, error: CodedError, *, accuse: bool = True) -> Counter[NextRun]:
         """Keep what can go on on the next worker, or run there again; fail the rest with
-        ``error``. ``accuse``: one of those in flight may be to blame for this ``crash``, which
-        is any number that tells it from others. What became of those."""
+        ``error``. ``accuse``: one of those in flight may be to blame. What became of those."""
         alone = accuse and self.sent() == 1
         fates: Counter[NextRun] = Counter()
         for request_id, entry in list(self._entries.items()):
             if entry.sent or entry.is_canary:
                 entry.sent = entry.begun = False
-                self._suspects.accuse(entry, suspected=accuse, crash=crash)
+                self._suspects.accuse(entry, suspected=accuse)
                 fate = NextRun.NONE if entry.is_canary else prepare_next_run(entry, alone)
                 fates[fate] += not entry.is_canary
                 if fate is NextRun.NONE:
                     self._remove(request_id)
                     entry.stream.fail(blamed(error, entry))
-        self._inquiries.park(error, accuse=accuse, crash=crash)
+        self._inquiries.park(error, accuse=accuse)
         return fates
 
     def convict(self) -> Job | None:
@@ -271,23 +268,12 @@ class RequestTable:
         It ends with ``request_poisoned``, whatever becomes of the others. Call it between the
         death and ``park`` or ``fail_all``.
         """
-        entry = self._guilty()
-        if isinstance(entry, OpenInquiry):
-            return self._inquiries.convict(entry)
-        if entry is not None:
-            entry.convicted = True
-            return entry.asked
-        return None
-
-    def guilty_since(self) -> float | None:
-        """The crash at which the one was first in flight whom ``convict`` would blame."""
-        entry = self._guilty()
-        return None if entry is None else entry.suspect_since
-
-    def _guilty(self) -> Entry | OpenInquiry | None:
         if not self.sent():
-            return self._inquiries.guilty()
-        return None if self._inquiries.sent() else guilty(self._entries.values())
+            return self._inquiries.convict()
+        if self._inquiries.sent():
+            return None
+        entry = convict(self._entries.values())
+        return None if entry is None else entry.asked
 
     def resume(self) -> None:
         """Run what was parked on the connected worker, and what comes: first those who were in

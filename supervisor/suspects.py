@@ -22,10 +22,9 @@ class Suspects:
     def __init__(self) -> None:
         self.current: Entry | None = None
 
-    def accuse(self, entry: Entry, *, suspected: bool, crash: float | None) -> None:
+    def accuse(self, entry: Entry, *, suspected: bool) -> None:
         """It was in flight when its worker died, which may be its doing if it is suspected."""
-        if suspected and not entry.suspect:
-            entry.suspect, entry.suspect_since = True, crash
+        entry.suspect = entry.suspect or suspected
         self.current = None
 
     def call(self, entries: Iterable[Entry]) -> Entry | None:
@@ -51,7 +50,7 @@ class Suspects:
         return True
 
 
-def guilty(entries: Iterable[Entry]) -> Entry | None:
+def convict(entries: Iterable[Entry]) -> Entry | None:
     """The one that its worker's death is certainly to blame on, now that the worker is dead."""
     sent = [entry for entry in entries if entry.sent]
     if len(sent) != 1:
@@ -59,4 +58,5 @@ def guilty(entries: Iterable[Entry]) -> Entry | None:
     (entry,) = sent
     if entry.is_canary or not entry.suspect or not is_guilty(entry.runs, entry.gained):
         return None
+    entry.convicted = True
     return entry

@@ -58,16 +58,12 @@ class LoadRefused(_Told):
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailed(_Told):
-    """A failure of a live worker, which has to be stopped for it. ``jitter`` is 0..1.
-
-    ``again``: by the same request as the last failure, which counts once.
-    """
+    """A failure of a live worker, which has to be stopped for it. ``jitter`` is 0..1."""
 
     generation: int
     kind: FailureKind
     reason: str
     jitter: float = 0.0
-    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +74,6 @@ class WorkerExited(_Told):
     kind: FailureKind
     reason: str
     jitter: float = 0.0
-    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +83,6 @@ class CellFailed(_Told):
 
     kind: FailureKind
     reason: str
-    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

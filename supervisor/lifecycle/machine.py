@@ -129,7 +129,7 @@ def transition(state: State | None, event: Event, policy: Policy, now: float) ->
         case WorkerFailed():
             if state.failed or state.unloading or not state.worker_alive:
                 return state, []
-            return _count_failure(state, event, event.jitter, policy, now)
+            return _count_failure(state, event.kind, event.reason, event.jitter, policy, now)
         case WorkerExited():
             return _exited(state, event, policy, now)
         case RestartDue():
@@ -270,16 +270,10 @@ def failure_code(readiness: Readiness, kind: FailureKind) -> ErrorCode:
 
 
 def _count_failure(
-    state: State,
-    event: WorkerFailed | WorkerExited | CellFailed,
-    jitter: float,
-    policy: Policy,
-    now: float,
+    state: State, kind: FailureKind, reason: str, jitter: float, policy: Policy, now: float
 ) -> Outcome:
     """Count a failure of the current generation, whose process is still there."""
-    kind, reason = event.kind, event.reason
-    before = _settled(state, policy, now)
-    account = record_failure(before, policy, now, reason=reason, again=event.again)
+    account = record_failure(_settled(state, policy, now), policy, now, reason=reason)
     code = failure_code(state.readiness, kind)
     state = replace(
         state,
@@ -310,7 +304,7 @@ def _cell_failed(state: State, event: CellFailed, policy: Policy, now: float) ->
     """Counted as a failure of the model's own worker is, which goes on if it can."""
     if state.unloading or state.readiness is Readiness.QUARANTINED:
         return state, []
-    failed, commands = _count_failure(state, event, 0.0, policy, now)
+    failed, commands = _count_failure(state, event.kind, event.reason, 0.0, policy, now)
     assert failed is not None
     record = RecordFailure(event.kind, ErrorCode.MODEL_CRASHED, event.reason, in_cell=True)
     if failed.readiness is not Readiness.QUARANTINED:
@@ -340,7 +334,9 @@ def _exited(state: State, event: WorkerExited, policy: Policy, now: float) -> Ou
         raise IllegalEvent("the worker exited twice")
     commands: list[Command] = []
     if not state.failed and not state.unloading:
-        counted, commands = _count_failure(state, event, event.jitter, policy, now)
+        counted, commands = _count_failure(
+            state, event.kind, event.reason, event.jitter, policy, now
+        )
         assert counted is not None
         state = counted
         commands = [c for c in commands if not isinstance(c, StopWorker)]

@@ -159,10 +159,10 @@ def test_who_is_new_is_answered_before_the_suspects_are_through(crowd: Crowd) ->
     # The model's own worker was never disturbed by that.
     after = crowd.view()
     assert (after["generation"], after["pid"]) == (2, view["pid"])
-    assert (after["readiness"]["state"], after["readiness"]["crash_count"]) == ("routable", 1)
+    assert (after["readiness"]["state"], after["readiness"]["crash_count"]) == ("routable", 2)
     again = crowd.ask("poison")
     assert (again["status"], again["error"]["code"]) == (422, "request_poisoned")
-    assert crowd.view()["readiness"]["crash_count"] == 1
+    assert crowd.view()["readiness"]["crash_count"] == 2
     await_spares(server)
     assert len(server.workers()) == 3
     assert "killed by SIGSEGV; in flight: 8 " in server.text

@@ -75,7 +75,7 @@ def test_seven_finish_and_one_is_convicted(tmp_path: Path, fault: dict[str, obje
         assert (again["status"], again["error"]["code"]) == (422, "request_poisoned")
         assert again["error"]["incident_id"] == newest["id"]
         assert server.model("model")["generation"] == generation == 3
-        assert server.model("model")["readiness"]["crash_count"] == 1
+        assert server.model("model")["readiness"]["crash_count"] == 2
         assert ask(server, "another")["status"] == 200
     with serve(home, *arguments, **SETTINGS) as server:
         assert server.load("model").status_code == 200

@@ -95,7 +95,6 @@ LEAVES_MAY_IMPORT = {
         "stream",
     },
     "ward": {"entries", "requests"},
-    "blame": {"generation", "lifecycle", "requests"},
     "incidents": {"jsonfile"},
     "summary": {"terminal"},
     "casefile": {"incidents"},

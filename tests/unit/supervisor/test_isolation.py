@@ -160,7 +160,7 @@ class Rig:
 
     def park(self) -> None:
         self.isolation.ward.convict()
-        self.isolation.park(CRASHED, accuse=True, crash=None)
+        self.isolation.park(CRASHED, accuse=True)
 
     def open(self, name: str) -> RequestStream:
         request = Generate(0, prompt=name)

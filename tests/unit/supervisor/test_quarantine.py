@@ -30,13 +30,6 @@ def test_the_threshold_quarantines() -> None:
     assert fail_at(0, 1, 2).quarantined
 
 
-def test_two_by_one_cause_count_once() -> None:
-    first = record_failure(Account(), POLICY, 100)
-    other = record_failure(record_routable(first), POLICY, 200)
-    again = record_failure(record_routable(other), POLICY, 300, again=True)
-    assert (list(again.times), again.level, again.quarantined) == ([100, 300], 2, False)
-
-
 def test_failures_leave_the_window() -> None:
     account = fail_at(0, 1, 601)
     assert not account.quarantined

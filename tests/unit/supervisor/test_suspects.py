@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import Cancel, Delta, FinishReason, Generate, Job, ToWorker
 from supervisor.line import Delivery
-from supervisor.quarantine import Account, Policy, record_failure
 from supervisor.requests import RequestTable
 from supervisor.stream import RequestStream
 from supervisor.suspects import CLEARED_AFTER
@@ -28,7 +27,6 @@ class Machine:
     lengths: dict[str, int]
     fatal: dict[str, int] = field(default_factory=dict)
     crashes: int = 0
-    account: Account = field(default_factory=Account)
     convicted: list[Job] = field(default_factory=list)
     #: What ran together in each step.
     steps: list[set[str]] = field(default_factory=list)
@@ -72,14 +70,10 @@ class Machine:
     def crash(self, *, from_outside: bool = False) -> None:
         self.crashes += 1
         self.running.clear()
-        before = self.account.times[-1] if self.account.times else None
-        guilty_since = None if from_outside else self.table.guilty_since()
-        again = guilty_since is not None and guilty_since == before
-        self.account = record_failure(self.account, Policy(), float(self.crashes), again=again)
         if not from_outside and (convict := self.table.convict()) is not None:
             self.convicted.append(convict)
         self.table.disconnect()
-        self.table.park(CRASHED, accuse=not from_outside, crash=self.account.times[-1])
+        self.table.park(CRASHED, accuse=not from_outside)
         self.table.connect(self)
         self.table.resume()
 
@@ -129,16 +123,6 @@ async def test_who_kills_alone_is_convicted_and_the_others_finish() -> None:
         await bad.next()
     assert error.value.code is ErrorCode.REQUEST_POISONED
     assert error.value.details == {"incident_id": "i", "tokens_sent": 0}
-
-
-async def test_the_two_crashes_of_one_request_count_once() -> None:
-    machine = Machine({"a": 20, "bad": 20, "worse": 20, "b": 20}, {"bad": 3, "worse": 3})
-    for name in ("a", "bad", "worse", "b"):
-        machine.open(name)
-    machine.run()
-    # One with both in flight, and one each alone.
-    assert (machine.crashes, machine.account.times) == (3, (2.0, 3.0))
-    assert len(machine.convicted) == 2
 
 
 async def test_one_that_cannot_go_on_later_is_not_taken_from_its_worker() -> None:
