@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,15 @@ os.environ["MLX_DISABLE_COMPILE"] = "1"
 
 # Whatever a test starts by itself: it finds no hub.
 os.environ["HF_ENDPOINT"] = NO_HUB
+
+# What starts the tests may ignore these, as nohup and a shell's background do, and every process
+# that a test starts and interrupts would inherit that.
+for number, handler in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORT = ROOT / "tests" / "support"
