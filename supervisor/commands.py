@@ -6,36 +6,28 @@ Only typer is imported here; see ``supervisor.cli``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from supervisor.asking import (
+    AdminKey,
+    ApiKey,
+    AsJson,
+    ModelId,
+    Url,
+    connected,
+    note,
+    print_json,
+    show,
+    show_lines,
+)
 from supervisor.terminal import fail, plain, print_table, size_text
 
 if TYPE_CHECKING:
-    from supervisor.client import Client
+    pass
 
 app = typer.Typer()
-
-Url = Annotated[
-    str | None,
-    typer.Option(
-        envvar="OPTA_LMX_URL",
-        help="The server to talk to; else this machine's, on OPTA_LMX_PORT or 8000.",
-    ),
-]
-AdminKey = Annotated[
-    str | None,
-    typer.Option(envvar="OPTA_LMX_ADMIN_KEY", show_envvar=True, help="Opens /admin."),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(envvar="OPTA_LMX_API_KEY", show_envvar=True, help="Opens /v1."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="As the server says it.")]
-ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="The model's id.")]
 
 
 @app.command()
@@ -47,8 +39,8 @@ def ps(
     """List the models and how they are."""
     from supervisor.client import MODEL_COLUMNS, model_cells
 
-    with _connected(url, admin_key=admin_key) as client:
-        _show(client.models(), MODEL_COLUMNS, model_cells, as_json=as_json)
+    with connected(url, admin_key=admin_key) as client:
+        show(client.models(), MODEL_COLUMNS, model_cells, as_json=as_json)
 
 
 @app.command()
@@ -60,8 +52,8 @@ def models(
     """List the models on the server's machine, loaded or not."""
     from supervisor.client import AVAILABLE_COLUMNS, available_cells
 
-    with _connected(url, admin_key=admin_key) as client:
-        _show(client.available(), AVAILABLE_COLUMNS, available_cells, as_json=as_json)
+    with connected(url, admin_key=admin_key) as client:
+        show(client.available(), AVAILABLE_COLUMNS, available_cells, as_json=as_json)
 
 
 @app.command()
@@ -69,9 +61,9 @@ def status(url: Url = None, admin_key: AdminKey = None, as_json: AsJson = False)
     """Tell how the server is, what it holds, and what it has done since its start."""
     from supervisor.summary import status_lines
 
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         found = client.admin("GET", "/admin/status")
-    _show_lines(found, status_lines, as_json=as_json)
+    show_lines(found, status_lines, as_json=as_json)
 
 
 @app.command()
@@ -79,9 +71,9 @@ def health(url: Url = None, admin_key: AdminKey = None, as_json: AsJson = False)
     """Tell whether every promise is kept; status 1 if not, or if the server cannot be reached."""
     from supervisor.summary import health_lines
 
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         found = client.admin("GET", "/admin/health")
-    _show_lines(found, health_lines, as_json=as_json)
+    show_lines(found, health_lines, as_json=as_json)
     if found["status"] != "ok":
         raise typer.Exit(1)
 
@@ -106,8 +98,8 @@ def events(
     from supervisor.watching import line, watch
 
     query = {"model": model or [], "kind": kind or []}
-    with _connected(url, admin_key=admin_key) as client:
-        told = watch(client, query, _note, history=history or not follow, follow=follow)
+    with connected(url, admin_key=admin_key) as client:
+        told = watch(client, query, note, history=history or not follow, follow=follow)
         try:
             for event in told:
                 data = json.dumps({"id": event.id, **event.value})
@@ -126,9 +118,9 @@ def presets(
     """List the presets and aliases, and what they stand for."""
     from supervisor.client import NAME_COLUMNS, name_cells, names_in
 
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         told = client.admin("GET", "/admin/presets")
-        _show(told if as_json else names_in(told), NAME_COLUMNS, name_cells, as_json=as_json)
+        show(told if as_json else names_in(told), NAME_COLUMNS, name_cells, as_json=as_json)
 
 
 @app.command()
@@ -136,7 +128,7 @@ def reload(url: Url = None, admin_key: AdminKey = None) -> None:
     """Let the server read its configuration again."""
     from supervisor.client import change_line
 
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         told = client.admin("POST", "/admin/config/reload")
     for change in told["changed"]:
         typer.echo(plain(change_line(change, told["needs_restart"])))
@@ -179,7 +171,7 @@ def load(
     }
     if wait and not dry_run:
         typer.echo(f"loading {plain(model_id)} ... (Ctrl-C ends the wait, not the load)", err=True)
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         try:
             result = client.admin("POST", "/admin/models/load", body)
             if result.get("status") == "download_required" and not dry_run:
@@ -226,7 +218,7 @@ def pull(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
 @app.command()
 def rm(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
     """Delete a model's files."""
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         result = client.remove(model)
     typer.echo(f"{result['model_id']} deleted, {size_text(result['freed_bytes'])} freed")
 
@@ -261,13 +253,13 @@ def probe(
         "timeout_s": timeout_s,
     }
     typer.echo(f"probing {plain(model_id)} ... (Ctrl-C ends the probe)", err=True)
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         try:
             found = client.admin("POST", "/admin/models/probe", body)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print_table(PROBE_COLUMNS, map(probe_cells, found["results"]))
         typer.echo(f"recommended: {found['recommended'] or 'none'} ({plain(found['reason'])})")
@@ -286,7 +278,7 @@ def unload(
 ) -> None:
     """Stop a model's worker, once its running requests have ended."""
     body = {"model_id": model, "drain_timeout_sec": 0 if now else None}
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         result = client.admin("POST", "/admin/models/unload", body)
     typer.echo(f"{result['model_id']} unloaded")
 
@@ -294,7 +286,7 @@ def unload(
 @app.command()
 def release(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
     """End a model's quarantine."""
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         result = client.release(model)
     typer.echo(f"{result['model_id']} released from quarantine")
 
@@ -302,7 +294,7 @@ def release(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None
 @app.command()
 def explain(model: ModelId, url: Url = None, admin_key: AdminKey = None) -> None:
     """Tell why a model is not routable, what happened, and what to do next."""
-    with _connected(url, admin_key=admin_key) as client:
+    with connected(url, admin_key=admin_key) as client:
         for line in client.explain(model):
             typer.echo(plain(line))
 
@@ -323,7 +315,7 @@ def chat(
     api_key: ApiKey = None,
 ) -> None:
     """Talk to a model. With a pipe on stdin: its text is the prompt, one answer."""
-    with _connected(url, api_key=api_key) as client:
+    with connected(url, api_key=api_key) as client:
         from supervisor.chat_session import Session
 
         session = Session(
@@ -342,54 +334,6 @@ def chat(
             session.ask(question)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
-
-
-@contextmanager
-def _connected(
-    url: str | None, *, admin_key: str | None = None, api_key: str | None = None
-) -> Iterator[Client]:
-    """A client whose errors end the command."""
-    from supervisor.client import Client, ClientError, default_url
-
-    try:
-        with Client(url or default_url(), admin_key=admin_key, api_key=api_key) as client:
-            yield client
-    except ClientError as error:
-        fail(str(error))
-
-
-def _show(
-    found: Sequence[Mapping[str, Any]],
-    columns: Sequence[str],
-    cells: Callable[[Mapping[str, Any]], Sequence[str]],
-    *,
-    as_json: bool,
-) -> None:
-    """What the server has told, as a table or as it is."""
-    if as_json:
-        _print_json(found)
-    else:
-        print_table(columns, map(cells, found))
-
-
-def _show_lines(
-    found: Mapping[str, Any], lines: Callable[[Mapping[str, Any]], Sequence[str]], *, as_json: bool
-) -> None:
-    if as_json:
-        _print_json(found)
-        return
-    for line in lines(found):
-        typer.echo(plain(line))
-
-
-def _note(text: str) -> None:
-    typer.echo(f"({plain(text)})", err=True)
-
-
-def _print_json(found: object) -> None:
-    import json
-
-    typer.echo(json.dumps(found, indent=2))
 
 
 def _model_to_load(model: str) -> tuple[str, str | None]:

@@ -97,6 +97,7 @@ LEAVES_MAY_IMPORT = {
     "ward": {"entries", "requests"},
     "incidents": {"jsonfile"},
     "summary": {"terminal"},
+    "asking": {"client", "terminal"},
     "casefile": {"incidents"},
     "status": {"journal", "lifecycle", "quarantine", "resumption"},
     "ledger": {"jsonfile"},

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.handshake import BOOT_ENV, WorkerBoot, decode_boot
+from protocol.handshake import BOOT_ENV, decode_boot
 from supervisor.marks import MARK_ENV
 from supervisor.process import worker_environment
-
-BOOT = WorkerBoot(
-    data_endpoint="ipc:///x/a.d",
-    beat_endpoint="ipc:///x/a.b",
-    nonce="secret",
-    generation=3,
-    backend="llama",
-    parent_pid=1,
-    death_fd=9,
-    beat_interval_s=1.0,
-    quiet_beat_interval_s=5.0,
-)
+from tests.unit.protocol.test_handshake import BOOT
 
 
 def test_a_worker_inherits_its_boot_record_and_none_of_our_settings(
