@@ -30,7 +30,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("gguf")
     good = write_tiny_gguf(folder / "good.gguf")
     with serve(folder / "home", f"--model={good}") as running:
-        running.await_tracked("good")
         running.await_state("good", "routable")
         yield running
 

@@ -67,7 +67,7 @@ def test_langchain_answers_and_streams_the_same(client_server: Server, responses
     assert answer.usage_metadata is not None
     assert answer.usage_metadata["output_tokens"] > 1
     chunks = list(model.stream(PARIS))
-    assert len([chunk for chunk in chunks if chunk.text]) > 3
+    assert len([chunk for chunk in chunks if chunk.text]) > 1
     whole = merged(chunks)
     assert whole.text == answer.text
     assert whole.usage_metadata is not None

@@ -42,7 +42,7 @@ def test_litellm_answers_and_streams_the_same(client: ForeignClient, provider: s
     (choice,) = answer["choices"]
     assert "Paris" in choice["message"]["content"]
     streamed = client("stream", **options, stream_options={"include_usage": True})
-    assert len(streamed["chunks"]) > 4
+    assert len(streamed["chunks"]) > 2
     whole = streamed["whole"]
     assert whole["choices"][0]["message"]["content"] == choice["message"]["content"]
     assert whole["choices"][0]["finish_reason"] == choice["finish_reason"]

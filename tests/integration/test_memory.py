@@ -105,7 +105,6 @@ def test_a_model_of_the_start_makes_room_for_itself_when_it_is_asked_for_again(
     with serve(
         tmp_path / "home", "--models-dir", str(models_dir), "--model", "a", **settings
     ) as server:
-        server.await_tracked("a")
         server.await_state("a", "routable")
         used(server, "a", "b", "c")
         assert tracked(server) == {"b", "c"}

@@ -21,7 +21,6 @@ def server(
     arguments = [f"--model=tiny-gguf={tiny_gguf}", f"--model=tiny-mlx={tiny_mlx}"]
     with serve(tmp_path_factory.mktemp("contained") / "home", *arguments) as running:
         for name in OTHER:
-            running.await_tracked(name)
             running.await_state(name, "routable")
         yield running
 

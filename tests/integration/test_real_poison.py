@@ -48,7 +48,6 @@ def server(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> It
     with serve(tmp_path_factory.mktemp("poison") / "home", *arguments, **SETTINGS) as running:
         for argument in arguments[1:]:
             name = argument.split("=")[1]
-            running.await_tracked(name)
             running.await_state(name, "routable")
         yield running
 

@@ -65,7 +65,6 @@ def operator(home: Path, folder: Path) -> Operator:
 @pytest.fixture(scope="module")
 def server(home: Path, operator: Operator) -> Iterator[Server]:
     with serve(home) as running:
-        running.await_tracked("configured")
         running.await_state("configured", "routable")
         yield running
 

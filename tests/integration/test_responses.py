@@ -105,7 +105,7 @@ def test_a_real_stream_is_the_whole_answer(client: openai.OpenAI) -> None:
         final = stream.get_final_response()
     assert [event.sequence_number for event in events] == list(range(len(events)))
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
-    assert len(deltas) > 3
+    assert len(deltas) > 1
     assert "".join(deltas) == final.output_text == whole.output_text
 
 

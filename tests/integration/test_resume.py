@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.interruption import Interruptible, gist, serve_interruptible, stream
+from tests.support.interruption import Answer, Interruptible, gist, serve_interruptible, stream
 from tests.support.server import NO_RESUME, Server, write_script
 
 LENGTH = 200
@@ -72,7 +72,6 @@ def rig(
         OPTA_LMX_SSE_KEEPALIVE_S="0.2",
     ) as rig:
         for model in MODELS:
-            rig.server.await_tracked(model)
             rig.server.await_state(model, "routable")
         yield rig
 
@@ -207,6 +206,17 @@ def dying(model: str) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "die"}]}
 
 
+def ended(answer: Answer, code: str) -> int:
+    """How many tokens of the count there were before the one error, which says so itself.
+
+    What a worker had not sent yet when it died is not among them.
+    """
+    [error] = answer.errors
+    assert error["code"] == code
+    assert answer.text == "".join(COUNTING[: error["tokens_sent"]])
+    return int(error["tokens_sent"])
+
+
 def test_a_hang_is_survived_as_well_and_its_client_hears_that_it_is_alive(
     rig: Interruptible,
 ) -> None:
@@ -225,9 +235,8 @@ def test_an_answer_goes_on_twice_at_most(rig: Interruptible) -> None:
     assert (answer.text, answer.resumes, answer.errors) == ("".join(COUNTING), 2, [])
     faulty(rig.server, "thrice", *kills)
     answer = stream(rig.server, dying("thrice"))
-    assert (answer.text, answer.done, answer.finish) == ("".join(COUNTING[:60]), 0, [])
-    [error] = answer.errors
-    assert (error["code"], error["tokens_sent"]) == ("model_crashed", 60)
+    assert (answer.done, answer.finish) == (0, [])
+    assert ended(answer, "model_crashed") in range(41, 61)
     metrics = rig.server.http.get("/metrics").text
     resumed = "opta_lmx_resumed_answers_total"
     assert f'{resumed}{{model="twice",outcome="completed"}} 1.0' in metrics
@@ -237,15 +246,14 @@ def test_an_answer_goes_on_twice_at_most(rig: Interruptible) -> None:
 def test_who_does_not_want_to_go_on_gets_the_error(rig: Interruptible) -> None:
     faulty(rig.server, "never", {"n": 20, "kind": "kill", "times": 1})
     answer = stream(rig.server, dying("never"), NO_RESUME)
-    assert (answer.text, answer.done) == ("".join(COUNTING[:20]), 0)
-    assert answer.errors[0]["code"] == "model_crashed"
+    assert answer.done == 0
+    assert ended(answer, "model_crashed") <= 20
 
 
 def test_a_deadline_goes_on_while_the_model_is_down(rig: Interruptible) -> None:
     faulty(rig.server, "late", {"n": 20, "kind": "kill", "times": 1}, load_delay_s=1.2)
     answer = stream(rig.server, dying("late"), {"X-Request-Timeout": "0.6"})
-    assert answer.text == "".join(COUNTING[:20])
-    assert answer.errors[0]["code"] == "request_timeout"
+    assert ended(answer, "request_timeout") <= 20
     rig.server.await_state("late", "routable", generation=2)
 
 
@@ -258,7 +266,5 @@ def test_a_quarantine_ends_what_would_have_gone_on(tmp_path: Path) -> None:
         assert rig.server.load("simulated").status_code == 200
         faulty(rig.server, "fragile", *kills)
         answer = stream(rig.server, dying("fragile"))
-        assert answer.text == "".join(COUNTING[:40])
-        [error] = answer.errors
-        assert (error["code"], error["tokens_sent"]) == ("model_unstable", 40)
+        assert ended(answer, "model_unstable") in range(21, 41)
         assert rig.server.model("fragile")["readiness"]["state"] == "quarantined"

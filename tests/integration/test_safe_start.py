@@ -11,7 +11,6 @@ def test_after_three_deaths_the_models_are_left_alone(tmp_path: Path) -> None:
     home = tmp_path / "home"
     for _ in range(3):
         server = Server(start(home, f"--model={model}"))
-        server.await_tracked("m")
         server.await_state("m", "routable")
         pids = [worker.pid for worker in server.workers()]
         server.stop(signal.SIGKILL)
@@ -26,5 +25,4 @@ def test_after_three_deaths_the_models_are_left_alone(tmp_path: Path) -> None:
         server.await_text("m failed to load: safe start")
     # It was stopped as it should be.
     with serve(home, f"--model={model}") as server:
-        server.await_tracked("m")
         server.await_state("m", "routable")

@@ -54,7 +54,7 @@ def test_the_ai_sdk_answers_and_streams_the_same(client: ForeignClient, api: str
     answer = client("generate", **options)
     assert "Paris" in answer["text"]
     streamed = client("stream", **options)
-    assert len(streamed["texts"]) > 3
+    assert len(streamed["texts"]) > 1
     assert "".join(streamed["texts"]) == answer["text"]
     assert streamed["finishReason"] == answer["finishReason"]
     for each in ("inputTokens", "outputTokens"):

@@ -56,6 +56,5 @@ def serve_client_models(folder: Path, tiny: Path, demo: Path) -> Iterator[Server
             answer = server.load(model)
             assert answer.status_code == 200, answer.text
         for model in ("tiny", "demo"):
-            server.await_tracked(model)
             server.await_state(model, "routable")
         yield server

@@ -88,10 +88,16 @@ class Server:
     def await_state(
         self, model_id: str, state: str, *, generation: int = 0, timeout_s: float = TIMEOUT_S
     ) -> dict[str, Any]:
-        """Poll until the model is in ``state``, in at least this generation."""
+        """Poll until the model is in ``state``, in at least this generation.
+
+        A model that is to be loaded at the start is known only once its turn comes.
+        """
         view: dict[str, Any] = {}
         for _ in polls(timeout_s):
-            view = self.model(model_id)
+            answer = self.http.get(f"/admin/models/{model_id}")
+            view = answer.json()
+            if answer.status_code != 200:
+                continue
             if view["readiness"]["state"] == state and view["generation"] >= generation:
                 return view
         raise AssertionError(f"{model_id} is not {state}: {view}\n{self.text}")
