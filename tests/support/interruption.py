@@ -200,18 +200,35 @@ def gist(body: str) -> list[tuple[str, list[str]]]:
     for line in lines:
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
-        texts: list[str] = []
         event = json.loads(line.removeprefix("data: "))
         if event.get("type") == "ping":
             continue
         if event.get("type") == "message_start":
             # How far the answer is by then is a matter of moments.
             del event["message"]["usage"]
-        frame = json.dumps(_blank(event, texts))
-        if said and said[-1][0] == frame:
-            texts = [first + more for first, more in zip(said.pop()[1], texts, strict=True)]
-        said.append((frame, texts))
+        for part in _parts(event):
+            texts: list[str] = []
+            frame = json.dumps(_blank(part, texts))
+            if said and said[-1][0] == frame:
+                texts = [first + more for first, more in zip(said.pop()[1], texts, strict=True)]
+            said.append((frame, texts))
     return said
+
+
+def _parts(event: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A chunk with pieces of several calls as one for each; their beginnings by themselves."""
+    match event:
+        case {"choices": [{"delta": {"tool_calls": calls}, **choice}], **chunk}:
+            for call in calls:
+                piece = {"index": call["index"], "function": {**call["function"]}}
+                if "id" in call:
+                    begun = {**call, "function": {**call["function"], "arguments": ""}}
+                    yield {**chunk, "choices": [{**choice, "delta": begun}]}
+                    del piece["function"]["name"]
+                if piece["function"]["arguments"]:
+                    yield {**chunk, "choices": [{**choice, "delta": piece}]}
+        case _:
+            yield event
 
 
 def _blank(value: Any, texts: list[str], key: str = "") -> Any:
