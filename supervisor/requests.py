@@ -10,14 +10,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import count
 
 import msgspec
 
 from protocol.errors import CodedError, ErrorCode
 from protocol.messages import (
     Accepted,
-    Cancel,
     Delta,
     Embedded,
     FinishReason,
@@ -31,24 +29,15 @@ from protocol.messages import (
     Started,
     Tokenize,
 )
-from supervisor.entries import (
-    Entry,
-    OpenInquiry,
-    blamed,
-    prepare_next_run,
-    worker_blocked,
-)
-from supervisor.inquiries import Inquiries
-from supervisor.line import Delivery, Line, SendToWorker
+from supervisor.entries import Entry, blamed, prepare_next_run, worker_blocked
+from supervisor.line import SendToWorker
 from supervisor.pace import Pace
 from supervisor.places import may_enter, no_place
 from supervisor.resumption import NextRun
 from supervisor.seeds import seeded
 from supervisor.stream import Prefill, RequestStream
-from supervisor.suspects import Suspects, convict
-
-#: Ids are unique within one supervisor, so that no message can be mistaken.
-_ids = count(1)
+from supervisor.suspects import convict
+from supervisor.turns import Turns, new_id
 
 
 class RequestTable:
@@ -69,44 +58,36 @@ class RequestTable:
         self._max_stream_buffer_bytes = max_stream_buffer_bytes
         self._clock = clock
         self._pace = Pace()
-        self._entries: dict[int, Entry] = {}
-        self._inquiries = Inquiries(
-            max_inquiries, run=self._run, call_off=self._call_off, when_free=self._call_next
-        )
-        self._line = Line()
-        self._flows = False
-        self._suspects = Suspects()
+        self.turns = Turns(max_inquiries=max_inquiries)
         #: When the last request ended, or traffic began: since then there was nothing to do.
         self.idle_since = clock()
         #: Has those that run apart. They are this one's all the same.
         self.ward: RequestTable | None = None
 
     def __len__(self) -> int:
-        return len(self._entries) + len(self._apart())
+        return len(self.turns.entries) + len(self._apart())
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do, inquiries included."""
-        return bool(self._entries or self._inquiries or self._apart())
+        return bool(self.turns.entries or self.turns.inquiries or self._apart())
 
     @property
     def suspects(self) -> int:
         """How many are to run alone; without those in the ward."""
-        return sum(entry.suspect for entry in self._entries.values())
+        return self.turns.suspects
 
     def _apart(self) -> list[Entry]:
         ward = self.ward
-        return [] if ward is None else [e for e in ward._entries.values() if not e.is_canary]
+        return [] if ward is None else [e for e in ward.turns.entries.values() if not e.is_canary]
 
     def connect(self, send: SendToWorker) -> None:
         """From now on ``send`` reaches a worker that has loaded its model."""
-        self._line.connect(send)
-        self._flows, self._suspects.current = False, None
+        self.turns.connect(send)
 
     def disconnect(self) -> None:
         """The worker is lost; nothing reaches it any more."""
-        self._line.connect(None)
-        self._flows, self._suspects.current = False, None
+        self.turns.connect(None)
 
     def open(
         self,
@@ -125,9 +106,9 @@ class RequestTable:
         """
         if limit is not None:
             self._require_place(request.client, limit)
-        if self._line.is_clogged:
+        if self.turns.line.is_clogged:
             raise worker_blocked()
-        request_id = next(_ids)
+        request_id = new_id()
 
         def let_go() -> None:
             entry.let_go(entry)
@@ -145,9 +126,9 @@ class RequestTable:
                 to_run, sampling=seeded(to_run.sampling), accepted_at=time.time()
             )
         entry = Entry(request_id, request, to_run, stream, is_canary, now, self._abandon)
-        if not self._run(entry):
+        if not self.turns.run(entry):
             raise worker_blocked()
-        self._entries[request_id] = entry
+        self.turns.entries[request_id] = entry
         self._pace.busy(now)
         return stream
 
@@ -158,20 +139,21 @@ class RequestTable:
         became of the model. Who is cancelled calls the inquiry off.
         """
         try:
-            numbered = msgspec.structs.replace(inquiry, request_id=next(_ids))
-            return await self._inquiries.ask(numbered)
+            numbered = msgspec.structs.replace(inquiry, request_id=new_id())
+            return await self.turns.inquiries.ask(numbered)
         finally:
             self.idle_since = self._clock()
 
     def answer(self, message: InquiryAnswer) -> None:
-        self._inquiries.answer(message)
+        self.turns.inquiries.answer(message)
 
     def deliver(self, deltas: Iterable[Delta]) -> None:
         """Hand a step's deltas out. Those of abandoned requests are dropped."""
+        entries = self.turns.entries
         for delta in deltas:
-            entry = self._entries.get(delta.request_id)
+            entry = entries.get(delta.request_id)
             if entry is None:
-                self._line.hear_of(delta.request_id, ended=delta.finish is not None)
+                self.turns.line.hear_of(delta.request_id, ended=delta.finish is not None)
                 continue
             if delta.finish is not None:
                 self._remove(delta.request_id)
@@ -182,64 +164,64 @@ class RequestTable:
                     )
                     continue
             entry.stream.push(delta)
-        if self._suspects.current is not None and self._suspects.is_cleared():
-            self._pause_and_call_next()
+        if (cleared := self.turns.cleared()) is not None:
+            self._go_on_after(cleared)
 
     def embed(self, message: Embedded) -> None:
         """Hand vectors out; those of abandoned requests are dropped."""
-        entry = self._entries.get(message.request_id)
+        entry = self.turns.entries.get(message.request_id)
         if entry is None:
-            self._line.hear_of(message.request_id, ended=message.last)
+            self.turns.line.hear_of(message.request_id, ended=message.last)
             return
         if message.last:
             self._remove(message.request_id)
         entry.stream.add_vectors(message.vectors, last=message.last)
 
     def accept(self, message: Accepted) -> None:
-        if (entry := self._entries.get(message.request_id)) is not None:
+        if (entry := self.turns.entries.get(message.request_id)) is not None:
             entry.stream.accept(message.prompt_tokens)
         else:
-            self._line.hear_of(message.request_id)
+            self.turns.line.hear_of(message.request_id)
 
     def prefilled(self, message: Prefilled) -> None:
-        if (entry := self._entries.get(message.request_id)) is not None:
+        if (entry := self.turns.entries.get(message.request_id)) is not None:
             if not entry.stream.has_started:
                 entry.stream.prefill = Prefill(message.computed, message.total)
         else:
-            self._line.hear_of(message.request_id)
+            self.turns.line.hear_of(message.request_id)
 
     def start(self, message: Started) -> None:
-        if (entry := self._entries.get(message.request_id)) is not None:
+        if (entry := self.turns.entries.get(message.request_id)) is not None:
             entry.begun = True
             entry.stream.start(message.cached_tokens, self._clock() - entry.opened_at)
         else:
-            self._line.hear_of(message.request_id)
+            self.turns.line.hear_of(message.request_id)
 
     def reject(self, message: Rejected) -> None:
         error = CodedError(message.code, message.message, param=message.param)
         if (entry := self._remove(message.request_id)) is not None:
             entry.stream.fail(error)
-        elif not self._inquiries.reject(message.request_id, error):
-            self._line.hear_of(message.request_id, ended=True)
+        elif not self.turns.inquiries.reject(message.request_id, error):
+            self.turns.line.hear_of(message.request_id, ended=True)
 
     def phase(self) -> Phase:
         """What the worker must be doing: newer than its last beat."""
-        running = [entry for entry in self._entries.values() if entry.sent]
+        running = self.turns.sent()
         if not running:
-            return Phase.PREFILL if self._inquiries.sent() else Phase.IDLE
+            return Phase.PREFILL if self.turns.inquiries.sent() else Phase.IDLE
         begun = any(entry.begun for entry in running)
         return Phase.DECODE if begun else Phase.PREFILL
 
     def running(self) -> list[Job]:
         """The requests that the worker has, as they came, oldest first, then those it was
         asked about."""
-        running: list[Job] = [entry.asked for entry in self._entries.values() if entry.sent]
-        asked = self._inquiries.sent()
+        running: list[Job] = [entry.asked for entry in self.turns.sent()]
+        asked = self.turns.inquiries.sent()
         return running + [each.generate for each in asked if isinstance(each, Tokenize)]
 
     def sent(self) -> int:
         """How many the worker has; the others wait for the next one."""
-        return sum(entry.sent for entry in self._entries.values())
+        return len(self.turns.sent())
 
     def retry_after_s(self) -> float:
         """Seconds until a place may be expected to be free; see ``pace``."""
@@ -250,16 +232,15 @@ class RequestTable:
         ``error``. ``accuse``: one of those in flight may be to blame. What became of those."""
         alone = accuse and self.sent() == 1
         fates: Counter[NextRun] = Counter()
-        for request_id, entry in list(self._entries.items()):
+        for request_id, entry in list(self.turns.entries.items()):
             if entry.sent or entry.is_canary:
-                entry.sent = entry.begun = False
-                self._suspects.accuse(entry, suspected=accuse)
+                self.turns.accuse(entry, suspected=accuse)
                 fate = NextRun.NONE if entry.is_canary else prepare_next_run(entry, alone)
                 fates[fate] += not entry.is_canary
                 if fate is NextRun.NONE:
                     self._remove(request_id)
                     entry.stream.fail(blamed(error, entry))
-        self._inquiries.park(error, accuse=accuse)
+        self.turns.inquiries.park(error, accuse=accuse)
         return fates
 
     def convict(self) -> Job | None:
@@ -269,10 +250,10 @@ class RequestTable:
         death and ``park`` or ``fail_all``.
         """
         if not self.sent():
-            return self._inquiries.convict()
-        if self._inquiries.sent():
+            return self.turns.inquiries.convict()
+        if self.turns.inquiries.sent():
             return None
-        entry = convict(self._entries.values())
+        entry = convict(self.turns.entries.values())
         return None if entry is None else entry.asked
 
     def resume(self) -> None:
@@ -281,122 +262,64 @@ class RequestTable:
         self.idle_since = now = self._clock()
         # What they have waited for was no answer.
         self._pace.idle()
-        if self._entries:
+        if self.turns.entries:
             self._pace.busy(now)
-        self._call_next()
+        self.turns.call_next()
 
-    def _call_next(self) -> None:
-        """Let the next suspect have the worker alone; everybody, if there is none."""
-        while (entry := self._suspects.call(self._entries.values())) is not None:
-            if self._run(entry):
-                return
-            self._refuse(entry)
-        if self._inquiries.call():
-            return
-        self._flows = True
-        for entry in sorted(self._entries.values(), key=lambda entry: entry.opened_at):
-            if not entry.sent and not self._run(entry):
-                self._refuse(entry)
-        self._inquiries.resume()
-
-    def _pause_and_call_next(self) -> None:
+    def _go_on_after(self, cleared: Entry) -> None:
         """Take the worker from one that is cleared, for those that are not."""
-        entry = self._suspects.current
-        assert entry is not None
         if self.suspects:
-            self._put_aside(entry)
-        self._call_next()
+            self.turns.put_aside(cleared)
+        self.turns.call_next()
 
-    def _put_aside(self, entry: Entry, *, anew: bool = False) -> bool:
-        """Take one from the worker, to run later or elsewhere; see ``Entry.run_as``."""
-        before = entry.id
-        if not entry.run_as(next(_ids), anew=anew):
-            return False
-        del self._entries[before]
-        self._entries[entry.id] = entry
-        self._line.give_up(before)
-        return True
-
-    def _give(self, entries: list[Entry]) -> list[Entry]:
-        """Let them go to another table, which takes them."""
+    def give(self, entries: list[Entry]) -> list[Entry]:
+        """Let go of what the worker does not have, for another table that takes it."""
         for entry in entries:
-            del self._entries[entry.id]
-        if not self._entries:
+            del self.turns.entries[entry.id]
+        if not self.turns.entries:
             self._pace.idle()
         return entries
 
-    def take(self, entries: Iterable[Entry]) -> None:
-        """Take over what another table has given away."""
+    def take(self, entries: list[Entry]) -> None:
+        """Take over what another table has given."""
         for entry in entries:
             entry.let_go = self._abandon
-            self._entries[entry.id] = entry
-        if not self._flows:
-            return
-        self._pace.busy(self._clock())
-        if self.suspects:
-            # Who runs goes on after them: beside one it might die of that.
-            for entry in list(self._entries.values()):
-                if entry.sent:
-                    self._put_aside(entry, anew=True)
-            self._flows = False
-        self._call_next()
-
-    def _refuse(self, entry: Entry) -> None:
-        """The worker does not take it."""
-        self._entries.pop(entry.id, None)
-        entry.stream.fail(worker_blocked())
+        if self.turns.flows:
+            self._pace.busy(self._clock())
+        self.turns.join(entries)
 
     def fail_all(self, error: CodedError) -> None:
-        self._suspects = Suspects()
-        entries, self._entries = self._entries, {}
+        entries = self.turns.clear()
         self._pace.idle()
-        for entry in entries.values():
+        for entry in entries:
             entry.stream.fail(blamed(error, entry))
-        self._inquiries.fail_all(error)
+        self.turns.inquiries.fail_all(error)
         if self.ward is not None:
             self.ward.fail_all(error)
 
-    def _run(self, entry: Entry | OpenInquiry) -> bool:
-        """Give a request to the worker; False when that does not read.
-
-        A request that is lost with its worker stays, and runs on the next one.
-        """
-        alone = (self._suspects.current, self._inquiries.current)
-        may_run = self._flows or entry.is_canary or any(entry is each for each in alone)
-        if not self._line.is_up or not may_run:
-            return True
-        delivery = self._line.send(entry.request)
-        if delivery is Delivery.SENT:
-            entry.sent = True
-            entry.runs += 1
-        return delivery is not Delivery.BLOCKED
-
-    def _call_off(self, request_id: int) -> None:
-        self._line.send(Cancel(request_id))
-
     def _require_place(self, client: str, limit: int) -> None:
-        entries = [*self._entries.values(), *self._apart()]
+        entries = [*self.turns.entries.values(), *self._apart()]
         taken = sum(not entry.is_canary for entry in entries)
         own = sum(entry.asked.client == client for entry in entries)
         if not may_enter(own, taken, limit):
             raise no_place(own, taken, limit, self.retry_after_s())
 
     def _abandon(self, entry: Entry) -> None:
-        if self._entries.get(entry.id) is not entry:
+        if self.turns.entries.get(entry.id) is not entry:
             return
         if entry.sent:
-            self._line.give_up(entry.id)
+            self.turns.line.give_up(entry.id)
         self._remove(entry.id)
 
     def _remove(self, request_id: int) -> Entry | None:
         """Take a request out at its end, whatever that is."""
-        entry = self._entries.pop(request_id, None)
+        entry = self.turns.entries.pop(request_id, None)
         if entry is not None and entry.sent and not entry.is_canary and entry.stream.has_started:
             # Others, refused or given up in the queue, have not held a slot.
             self._pace.answered(self._clock())
-        if not self._entries:
+        if not self.turns.entries:
             self._pace.idle()
             self.idle_since = self._clock()
-        if entry is not None and self._suspects.forget(entry):
-            self._call_next()
+        if entry is not None:
+            self.turns.ended(entry)
         return entry

@@ -22,43 +22,37 @@ class Ward(RequestTable):
     @property
     def is_called_for(self) -> bool:
         """Whether anybody at home waits for a suspect that has the worker."""
-        home = self._home
-        if home._suspects.current is None:
-            return False
-        asked = len(home._inquiries) > len(home._inquiries.sent())
-        return asked or any(not (each.suspect or each.sent) for each in home._entries.values())
+        return self._home.turns.is_blocked
 
     def admit(self) -> int:
         """Take the home's suspects in, so that the others there go on; how many.
 
         None while the one that runs cannot be taken from its worker.
         """
-        home = self._home
-        current = home._suspects.current
-        if current is not None and current.sent and not home._put_aside(current, anew=True):
+        turns = self._home.turns
+        current = turns.current
+        if current is not None and current.sent and not turns.put_aside(current, anew=True):
             return 0
-        waiting = [each for each in home._entries.values() if each.suspect and not each.sent]
-        self.take(home._give(waiting))
+        waiting = [each for each in turns.entries.values() if each.suspect and not each.sent]
+        self.take(self._home.give(waiting))
         if current is not None:
-            home._call_next()
+            turns.call_next()
         return len(waiting)
 
     def dissolve(self, error: CodedError) -> None:
         """Let all go home, the suspects to be isolated there. The worker must not be dead:
         what cannot be taken from it fails with ``error``."""
-        self._suspects.current = None
-        for entry in list(self._entries.values()):
-            if entry.is_canary or (entry.sent and not self._put_aside(entry, anew=True)):
+        self.turns.halt()
+        for entry in list(self.turns.entries.values()):
+            if entry.is_canary or (entry.sent and not self.turns.put_aside(entry, anew=True)):
                 self._remove(entry.id)
                 entry.stream.fail(error)
-        self._home.take(self._give(list(self._entries.values())))
-        self._flows = False
+        self._home.take(self.give(list(self.turns.entries.values())))
 
-    def _pause_and_call_next(self) -> None:
-        entry = self._suspects.current
-        if entry is not None and self._put_aside(entry):
-            self._home.take(self._give([entry]))
-        self._call_next()
+    def _go_on_after(self, cleared: Entry) -> None:
+        if self.turns.put_aside(cleared):
+            self._home.take(self.give([cleared]))
+        self.turns.call_next()
 
     def _remove(self, request_id: int) -> Entry | None:
         entry = super()._remove(request_id)

@@ -83,10 +83,11 @@ LEAVES_MAY_IMPORT = {
     "convicts": {"incidents"},
     "suspects": {"entries", "resumption"},
     "inquiries": {"entries", "resumption"},
+    "turns": {"entries", "inquiries", "line", "suspects"},
     "requests": {
-        "inquiries",
         "line",
         "suspects",
+        "turns",
         "entries",
         "pace",
         "places",

@@ -124,7 +124,7 @@ class Model:
         assert {*main, *cell} <= unfinished
         assert len(cell) <= 1
         if cell:
-            order, there = list(self.streams), self.ward._entries.values()
+            order, there = list(self.streams), self.ward.turns.entries.values()
             # The oldest of those who are there.
             assert order.index(cell[0]) == min(order.index(name_of(each.asked)) for each in there)
         if self.home.suspects:
@@ -197,7 +197,7 @@ async def test_an_inquiry_that_waits_calls_for_a_cell_too() -> None:
     assert is_called_for(model)
     model.open_cell()
     model.ward.admit()
-    assert model.home._inquiries.sent()
+    assert model.home.turns.inquiries.sent()
     asking.cancel()
     await asyncio.wait({asking})
 
