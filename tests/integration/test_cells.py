@@ -128,13 +128,14 @@ def await_spares(server: Server) -> None:
 
 
 def test_who_is_new_is_answered_before_the_suspects_are_through(crowd: Crowd) -> None:
-    server, crowd.padding = crowd.server, 600 * "x"
+    server, crowd.padding = crowd.server, 900 * "x"
     for number in range(3):
         crowd.send(f"good {number}")
     # So that it is not the oldest.
     crowd.await_in_flight(3)
     for name in ("poison", *(f"good {number}" for number in range(3, 7))):
         crowd.send(name)
+    crowd.await_in_flight(8)
     server.await_state(crowd.model, "routable", generation=2)
     crowd.send("new")
     assert crowd.text("new") == "".join(COUNTING[:5])
